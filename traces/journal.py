@@ -1,0 +1,176 @@
+"""The journal: parsed, mode-filtered records that are not sealed yet; survives kill -9.
+
+`journal/<incarnation>-<n>.journal` holds every row finished since the last seal and every request
+open now; after a seal the next file takes over. A record is length, CRC-32 and a msgpack array; a torn tail is dropped.
+A row whose request id is in a segment of the same incarnation is sealed already.
+Only what has passed the privacy mode may be written here.
+"""
+
+import os
+import struct
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow.parquet as pq
+
+OPEN, COLUMNS, EVENTS, ROW, TELEMETRY = 0, 1, 2, 3, 4
+_HEAD = struct.Struct("<II")
+_MAGIC = b"tokentape journal 1\n"
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder().decode
+
+# Event lists of a row and of an EVENTS record, as array type codes; each is written as raw bytes.
+LISTS = {"off_us": "q", "ntok": "H", "cls": "B", "choice": "B", "aux_off_us": "q", "aux_cls": "B"}
+EVENT_LISTS = ("t_ns", "ntok", "cls", "choice", "aux_t_ns", "aux_cls")
+_EVENT_CODES = "qHBBqB"
+
+
+class Journal:
+    """Appends records; `flush` hands them to the kernel, `rotate` starts the next file."""
+
+    def __init__(self, tape: Path, incarnation: str) -> None:
+        self._folder = tape / "journal"
+        self._incarnation = incarnation
+        self._number = 0
+        self._buffer = bytearray(_MAGIC)
+        self._fd = self._create(self._path(0))
+
+    def add(self, kind: int, stream: int, *fields: Any) -> None:
+        """Append one record to the buffer."""
+        payload = _encode([kind, stream, *fields])
+        self._buffer += _HEAD.pack(len(payload), zlib.crc32(payload))
+        self._buffer += payload
+
+    def add_row(self, stream: int, row: dict[str, Any]) -> None:
+        """Append a finished row."""
+        self.add(ROW, stream, pack_row(row))
+
+    def flush(self) -> None:
+        """Hand the buffer to the kernel, from where it survives this process; OSError when full."""
+        while self._buffer:
+            written = os.write(self._fd, self._buffer)
+            del self._buffer[:written]
+
+    @property
+    def buffered_bytes(self) -> int:
+        """What a kill -9 would lose now."""
+        return len(self._buffer)
+
+    def rotate(self, snapshot: Iterable[tuple[Any, ...]]) -> None:
+        """Start the next file with `snapshot` (add's arguments for what is still open).
+
+        Call it only when everything finished is sealed. The next file appears complete or not at
+        all, and only then is this one deleted; on OSError this one goes on.
+        """
+        kept, self._buffer = self._buffer, bytearray(_MAGIC)
+        final = self._path(self._number + 1)
+        temporary = final.with_suffix(".tmp")
+        old_fd = self._fd
+        try:
+            for record in snapshot:
+                self.add(*record)
+            self._fd = self._create(temporary)
+            self.flush()
+            temporary.rename(final)
+        except OSError:
+            if self._fd != old_fd:
+                os.close(self._fd)
+            self._fd, self._buffer = old_fd, kept
+            temporary.unlink(missing_ok=True)
+            raise
+        os.close(old_fd)
+        self._path(self._number).unlink(missing_ok=True)
+        self._number += 1
+
+    def close(self) -> None:
+        """Delete the file: everything in it is sealed or counted."""
+        os.close(self._fd)
+        self._path(self._number).unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{self._incarnation}-{number:05d}.journal"
+
+    def _create(self, path: Path) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        return os.open(path, flags, 0o600)
+
+
+def pack_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its event lists as raw bytes."""
+    packed = dict(row)
+    for name, code in LISTS.items():
+        value = packed.get(name)
+        if value is not None:
+            packed[name] = bytes(value) if code == "B" else array(code, value).tobytes()
+    return packed
+
+
+def unpack_row(packed: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of pack_row."""
+    row = dict(packed)
+    for name, code in LISTS.items():
+        if row.get(name) is not None:
+            row[name] = array(code, row[name])
+    return row
+
+
+def read_records(path: Path) -> Iterator[list[Any]]:
+    """The whole records of a journal file, up to a torn or damaged one."""
+    data = path.read_bytes()
+    if not data.startswith(_MAGIC):
+        return
+    at = len(_MAGIC)
+    while at + _HEAD.size <= len(data):
+        size, crc = _HEAD.unpack_from(data, at)
+        payload = data[at + _HEAD.size : at + _HEAD.size + size]
+        if len(payload) < size or zlib.crc32(payload) != crc:
+            return
+        yield _decode(payload)
+        at += _HEAD.size + size
+
+
+def unpack_events(fields: list[bytes]) -> list[array]:  # type: ignore[type-arg]
+    """The arrays of an EVENTS record, in the order of EVENT_LISTS."""
+    return [array(code, raw) for code, raw in zip(_EVENT_CODES, fields, strict=True)]
+
+
+def leftovers(tape: Path) -> Iterator[tuple[str, Path]]:
+    """(incarnation, file) of each journal that may hold something, oldest first.
+
+    A file whose successor exists holds nothing: the successor repeats what was still open.
+    """
+    files = sorted((tape / "journal").glob("*.journal"))
+    stems = {f.stem for f in files}
+    for file in files:
+        incarnation, _, number = file.stem.rpartition("-")
+        if f"{incarnation}-{int(number) + 1:05d}" not in stems:
+            yield incarnation, file
+
+
+def sealed_ids(tape: Path, incarnation: str) -> set[bytes]:
+    """Request ids in the segments of one incarnation: journal rows with these are not lost."""
+    ids: set[bytes] = set()
+    for file in (tape / "requests").glob(f"**/{incarnation}-*.parquet"):
+        column = pq.read_table(file, columns=["request_id"])["request_id"].combine_chunks()
+        ids.update(column.storage.to_pylist())
+    return ids
+
+
+def count_unsealed(tape: Path) -> tuple[int, int]:
+    """(finished rows, open requests) that the journals hold and no segment does."""
+    finished = unfinished = 0
+    for incarnation, file in leftovers(tape):
+        sealed = sealed_ids(tape, incarnation)
+        opened: set[int] = set()
+        for kind, stream, *fields in read_records(file):
+            if kind == OPEN:
+                opened.add(stream)
+            elif kind == ROW:
+                opened.discard(stream)
+                finished += fields[0]["request_id"] not in sealed
+        unfinished += len(opened)
+    return finished, unfinished

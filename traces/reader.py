@@ -1,0 +1,153 @@
+"""Opens tapes for reading: facts, segments, counts. A reader never writes a tape.
+
+It says how many rows are not sealed yet instead of sealing them. Damaged segments are named; with
+`skip_damaged` the rest is read.
+"""
+
+import glob
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tokentape.traces import journal
+from tokentape.traces.errors import TapeError
+from tokentape.traces.facts import read_facts
+from tokentape.traces.schema import REQUESTS
+
+_PREFIX = b"tokentape."
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sealed Parquet file and what its footer says."""
+
+    path: Path
+    rows: int
+    events: int
+    metadata: dict[str, str]
+
+    @property
+    def anchors(self) -> list[dict[str, int]]:
+        """(wall, monotonic) pairs of the clock that stamped the rows; empty for an import."""
+        return list(json.loads(self.metadata.get("anchors", "[]")))
+
+
+@dataclass(frozen=True)
+class Tape:
+    """An opened tape: facts and footers; rows are read when asked for."""
+
+    path: Path
+    facts: dict[str, Any]
+    segments: list[Segment]
+    telemetry_files: list[Path]
+    damaged: list[tuple[Path, str]]
+    unsealed_rows: int
+    open_rows: int
+
+    @property
+    def role(self) -> str:
+        """capture, replay, simulation or import."""
+        return str(self.facts["role"])
+
+    @property
+    def rows(self) -> int:
+        """Sealed rows, by the footers."""
+        return sum(s.rows for s in self.segments)
+
+    @property
+    def events(self) -> int:
+        """Sealed events, by the footers."""
+        return sum(s.events for s in self.segments)
+
+    @property
+    def losses(self) -> dict[str, int]:
+        """What was seen and is not on the tape, by reason, over all incarnations."""
+        total: dict[str, int] = {}
+        for counts in self.facts.get("losses", {}).values():
+            for reason, n in counts.items():
+                total[reason] = total.get(reason, 0) + n
+        return total
+
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """All sealed rows in order of arrival; columns that an old segment lacks are NULL."""
+        names = columns or REQUESTS.names
+        schema = pa.schema([REQUESTS.field(n) for n in names])
+        extra = [n for n in ("arrival_ns", "request_id") if n not in names]
+        wanted = pa.schema([*schema, *(REQUESTS.field(n) for n in extra)])
+        parts = [_read_segment(s.path, wanted) for s in self.segments]
+        table = pa.concat_tables(parts) if parts else wanted.empty_table()
+        order = pc.sort_indices(table["arrival_ns"])
+        return table.take(order).select(names)
+
+    def sql(self, query: str) -> Any:
+        """Run SQL over the standard views; a DuckDB relation. Needs the analysis room."""
+        import importlib
+
+        session = importlib.import_module("tokentape.analysis.session")
+        return session.connect([self]).sql(query)
+
+
+def open_tape(path: str | Path, *, skip_damaged: bool = False) -> Tape:
+    """Open one tape; TapeError names what is wrong, a damaged segment included."""
+    tape = Path(path)
+    facts = read_facts(tape)
+    segments: list[Segment] = []
+    damaged: list[tuple[Path, str]] = []
+    for file in sorted((tape / "requests").glob("**/*.parquet")):
+        try:
+            segments.append(_footer(file))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            damaged.append((file, _first_line(error)))
+    if damaged and not skip_damaged:
+        file, why = damaged[0]
+        raise TapeError(f"{file}: damaged segment ({why}); --skip-damaged reads the others")
+    finished, unfinished = journal.count_unsealed(tape)
+    return Tape(
+        tape,
+        facts,
+        segments,
+        sorted((tape / "telemetry").glob("*.parquet")),
+        damaged,
+        finished,
+        unfinished,
+    )
+
+
+def open_tapes(pattern: str | Path, *, skip_damaged: bool = False) -> list[Tape]:
+    """Open the tapes that a path or a glob names; TapeError when there is none."""
+    if glob.has_magic(str(pattern)) and not Path(pattern).exists():
+        paths = sorted(glob.glob(str(pattern)))
+        if not paths:
+            raise TapeError(f"{pattern}: matches no tape on {platform.node()}")
+        return [open_tape(p, skip_damaged=skip_damaged) for p in paths]
+    return [open_tape(pattern, skip_damaged=skip_damaged)]
+
+
+def _footer(file: Path) -> Segment:
+    parquet = pq.read_metadata(file)
+    raw = parquet.metadata or {}
+    metadata = {k.removeprefix(_PREFIX).decode(): v.decode() for k, v in raw.items() if k.startswith(_PREFIX)}
+    if "rows" not in metadata or int(metadata["rows"]) != parquet.num_rows:
+        raise ValueError(f"{parquet.num_rows} rows, its footer says {metadata.get('rows', 'nothing')}")
+    return Segment(file, parquet.num_rows, int(metadata.get("events", 0)), metadata)
+
+
+def _read_segment(file: Path, wanted: pa.Schema) -> pa.Table:
+    with pq.ParquetFile(file) as parquet:
+        present = set(parquet.schema_arrow.names)
+        table = parquet.read([n for n in wanted.names if n in present])
+    columns = [
+        table[f.name].cast(f.type) if f.name in present else pa.nulls(table.num_rows, f.type)
+        for f in wanted
+    ]
+    return pa.Table.from_arrays(columns, schema=wanted)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__

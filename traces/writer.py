@@ -1,0 +1,212 @@
+"""Seals rows into a tape's Parquet segments; a segment appears whole or not at all.
+
+One TapeWriter is one incarnation of one worker: its segments carry its own name, so nothing is ever
+written twice. It never reads what others wrote and never touches the journal.
+"""
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tokentape.traces import facts as tape_facts
+from tokentape.traces.clock import TapeClock, take_anchor, wall_unix_ns
+from tokentape.traces.columns import requests_table, telemetry_table
+from tokentape.traces.identity import incarnation
+from tokentape.traces.schema import FORMAT_VERSION, REQUESTS, TELEMETRY
+
+ROW_GROUP_ROWS = 4_000  # about 1 M events: the size that DuckDB reads fastest, see docs/performance.md
+SEAL_BYTES = 64 << 20  # a guess of the rows' size in memory that closes a segment
+ZSTD_LEVEL = 3
+_ROW_BYTES, _EVENT_BYTES = 1_000, 12
+
+_LISTS = [f.name for f in REQUESTS if pa.types.is_list(f.type)]
+_DELTA = {  # sorted or slowly changing numbers: deltas are small
+    f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name: "DELTA_BINARY_PACKED"
+    for f in REQUESTS
+    if f.type == pa.int64() or f.name in ("off_us", "aux_off_us")
+}
+_PLAIN = {"request_id": "PLAIN", "source_request_id": "PLAIN", "block_hashes.list.element": "PLAIN"}
+_ENCODING = _DELTA | _PLAIN
+_DICTIONARY = [
+    f"{f.name}.list.element" if f.name in _LISTS else f.name
+    for f in REQUESTS
+    if f"{f.name}.list.element" not in _ENCODING and f.name not in _ENCODING
+]
+
+
+class TapeWriter:
+    """Appends rows to a tape and seals them; `close` seals what is left.
+
+    Rows are dictionaries of column names; instants are already ns since the tape's epoch.
+    """
+
+    def __init__(self, tape: Path, lock_fd: int, clock: TapeClock | None, worker: str) -> None:
+        self.tape = tape
+        self.facts = tape_facts.read_facts(tape)
+        self.worker = worker
+        self.incarnation = incarnation(worker)
+        self.clock = clock
+        self.rows_written = 0
+        self.events_written = 0
+        self.segments_sealed = 0
+        self.losses: dict[str, int] = {}
+        self.pending_bytes = 0
+        self._lock_fd = lock_fd
+        self._rows: list[dict[str, Any]] = []
+        self._telemetry: list[tuple[int, int, str, str, str, float]] = []
+
+    @classmethod
+    def create(
+        cls,
+        tape: Path,
+        *,
+        role: str,
+        command: list[str],
+        options: dict[str, Any],
+        facts: dict[str, Any],
+        wall_epoch_unix_ns: int | None = None,
+        force: bool = False,
+        worker: str = "w0",
+    ) -> "TapeWriter":
+        """A writer on a new tape; TapeError where one exists and `force` is not given."""
+        first = tape_facts.new_facts(
+            role,
+            command=command,
+            options=options,
+            facts=facts,
+            wall_epoch_unix_ns=wall_epoch_unix_ns,
+        )
+        tape_facts.create_tape(tape, first, force=force)
+        return cls(tape, tape_facts.lock(tape), None, worker)
+
+    @property
+    def pending_rows(self) -> int:
+        """Rows that wait for the next seal."""
+        return len(self._rows)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Keep a finished row for the next segment."""
+        self._rows.append(row)
+        events = row.get("off_us")
+        self.pending_bytes += _ROW_BYTES + _EVENT_BYTES * (len(events) if events is not None else 0)
+
+    def append_telemetry(self, sample: tuple[int, int, str, str, str, float]) -> None:
+        """Keep one telemetry sample (ts_ns, end_ns, source, name, labels, value)."""
+        self._telemetry.append(sample)
+        self.pending_bytes += 120
+
+    def append_table(self, table: pa.Table) -> None:
+        """Seal a table of the requests schema as a segment of its own."""
+        self._write_requests(table.select(REQUESTS.names).cast(REQUESTS))
+
+    def drop_pending(self, reason: str) -> int:
+        """Give up the rows that could not be sealed; they are counted as lost under `reason`."""
+        dropped = len(self._rows)
+        if dropped:
+            self.losses[reason] = self.losses.get(reason, 0) + dropped
+        self._rows.clear()
+        self._telemetry.clear()
+        self.pending_bytes = 0
+        return dropped
+
+    def seal(self) -> bool:
+        """Write what is pending as segments; True when there was something.
+
+        An OSError (a full disk) leaves everything pending as it was.
+        """
+        wrote = bool(self._rows or self._telemetry)
+        if self._rows:
+            self._write_requests(requests_table(self._rows))
+            self._rows = []
+        if self._telemetry:
+            self._write_telemetry(telemetry_table(self._telemetry))
+            self._telemetry = []
+        self.pending_bytes = 0
+        return wrote
+
+    def update_facts(self, **changes: Any) -> None:
+        """Change tape.json, losses included; atomic."""
+        self.facts = tape_facts.read_facts(self.tape) | changes
+        if self.losses:
+            self.facts["losses"] = self.facts["losses"] | {self.incarnation: self.losses}
+        tape_facts.replace_facts(self.tape, self.facts)
+
+    def close(self, **changes: Any) -> None:
+        """Seal the rest, write the last facts, let go of the lock."""
+        try:
+            self.seal()
+            self.update_facts(**changes)
+        finally:
+            os.close(self._lock_fd)
+
+    def _write_requests(self, table: pa.Table) -> None:
+        n_events = int(pc.sum(pc.list_value_length(table["off_us"])).as_py() or 0)
+        now = datetime.fromtimestamp(wall_unix_ns() / 1e9, tz=UTC)
+        folder = self.tape / "requests" / f"date={now:%Y-%m-%d}" / f"hour={now:%H}"
+        self._write(folder, table, _ENCODING, _DICTIONARY, {"rows": table.num_rows, "events": n_events})
+        self.rows_written += table.num_rows
+        self.events_written += n_events
+        self.segments_sealed += 1
+
+    def _write_telemetry(self, table: pa.Table) -> None:
+        encoding = {"ts_ns": "DELTA_BINARY_PACKED", "end_ns": "DELTA_BINARY_PACKED"}
+        names = [n for n in TELEMETRY.names if n not in encoding and n != "value"]
+        self._write(self.tape / "telemetry", table, encoding, names, {"rows": table.num_rows})
+        self.segments_sealed += 1
+
+    def _write(
+        self,
+        folder: Path,
+        table: pa.Table,
+        encoding: dict[str, str],
+        dictionary: list[str],
+        counts: dict[str, int],
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        final = folder / f"{self.incarnation}-{self.segments_sealed:05d}.parquet"
+        temporary = final.with_name(f".{final.name}.tmp")
+        footer = {f"tokentape.{k}": _text(v) for k, v in (self._footer() | counts).items()}
+        try:
+            with pq.ParquetWriter(
+                temporary,
+                table.schema.with_metadata(footer),
+                compression="zstd",
+                compression_level=ZSTD_LEVEL,
+                use_dictionary=dictionary,
+                column_encoding=encoding,
+                write_page_index=False,
+            ) as writer:
+                writer.write_table(table.replace_schema_metadata(footer), ROW_GROUP_ROWS)
+            with temporary.open("rb") as written:
+                        os.fsync(written.fileno())
+            temporary.rename(final)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        tape_facts.sync_folder(folder)
+
+    def _footer(self) -> dict[str, Any]:
+        clock = self.clock.footer(take_anchor()) if self.clock else {"clock_id": "trace", "anchors": []}
+        return {
+            "format_version": FORMAT_VERSION,
+            "tape_id": self.facts["tape_id"],
+            "role": self.facts["role"],
+            "content": self.facts.get("content", "structure"),
+            "wall_epoch_unix_ns": self.facts["wall_epoch_unix_ns"],
+            "host": platform.node(),
+            "worker": self.worker,
+            "incarnation": self.incarnation,
+            **clock,
+        }
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
