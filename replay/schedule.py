@@ -1,0 +1,149 @@
+"""Plans a replay: which recorded requests are sent, and when. Pure: no clock, no I/O, no chance.
+
+A plan follows from the tape and the options alone, so it is the same for every candidate and on
+every host. Times are integers all the way: `--speed 2x` halves each gap to the nanosecond.
+Start with `make_schedule`.
+"""
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+NS_PER_S = 1_000_000_000
+OUTSIDE_WINDOW = "outside the window"
+MAX_REQUESTS = "past --max-requests"
+MAX_TOKENS = "past --max-tokens"
+
+
+@dataclass(frozen=True)
+class Offered:
+    """What a tape offers to a plan; one entry per request, in any order.
+
+    `reason` numbers an entry of `reasons`: 0 is to be replayed, anything else is left out.
+    `duration_ns` (recorded or guessed) only sizes the connection pool.
+    """
+
+    arrival_ns: Ints
+    input_tokens: Ints
+    output_tokens: Ints
+    duration_ns: Ints
+    reason: NDArray[np.int8]
+    reasons: tuple[str, ...] = ("",)
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """`window` is (from, to) in ns after the tape's first arrival; `to` itself is outside."""
+
+    speed: Fraction = Fraction(1)
+    window: tuple[int | None, int | None] = (None, None)
+    max_requests: int | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Due times and what they replay.
+
+    due_ns: int64[n], ns after the start of the run, sorted, the first is 0.
+    source_index: int32[n], the row of the tape that each due time replays.
+    left_out: what is not replayed, by reason.
+    """
+
+    due_ns: Ints
+    source_index: NDArray[np.int32]
+    recorded_span_ns: int
+    peak_per_s: int
+    peak_in_flight: int
+    left_out: dict[str, NDArray[np.int32]] = field(default_factory=dict)
+
+    @property
+    def span_ns(self) -> int:
+        """From the first due request to the last."""
+        return int(self.due_ns[-1]) if len(self.due_ns) else 0
+
+    @property
+    def mean_per_s(self) -> float:
+        """Requests per second over the span; 0 where a single instant has no rate."""
+        gaps = len(self.due_ns) - 1
+        return gaps * NS_PER_S / self.span_ns if gaps > 0 and self.span_ns else 0.0
+
+
+def scale_ns(gap_ns: Ints, speed: Fraction) -> Ints:
+    """floor(gap / speed) in exact integer arithmetic, without leaving 64 bits on the way.
+
+    Raises ValueError for a speed that is not positive or has more digits than 64 bits can carry.
+    """
+    up, down = speed.denominator, speed.numerator
+    if down <= 0 or up * down >= 1 << 62:
+        raise ValueError(f"speed {speed} cannot be used: give a positive number such as 2 or 1.5")
+    whole, rest = np.divmod(gap_ns, np.int64(down))
+    return np.asarray(whole * np.int64(up) + rest * np.int64(up) // np.int64(down), dtype=np.int64)
+
+
+def make_schedule(offered: Offered, options: ScheduleOptions) -> Schedule:
+    """The plan of a replay.
+
+    Requests with one arrival keep the tape's order. The limits cut the end of the plan off, so a
+    limited plan is the beginning of the full one.
+    """
+    left_out: dict[str, NDArray[np.int32]] = {}
+    order = np.argsort(offered.arrival_ns, kind="stable").astype(np.int32)
+    arrival = offered.arrival_ns[order]
+
+    def keep_only(kept: NDArray[np.bool_], reason: str) -> None:
+        nonlocal order, arrival
+        if not kept.all():
+            left_out[reason] = order[~kept]
+            order, arrival = order[kept], arrival[kept]
+
+    keep_only(_inside(arrival, options.window), OUTSIDE_WINDOW)
+    for number, reason in enumerate(offered.reasons[1:], 1):
+        keep_only(offered.reason[order] != number, reason)
+    if options.max_requests is not None:
+        keep_only(np.arange(len(order)) < options.max_requests, MAX_REQUESTS)
+    if options.max_tokens is not None:
+        tokens = offered.input_tokens[order] + offered.output_tokens[order]
+        keep_only(np.cumsum(tokens) <= options.max_tokens, MAX_TOKENS)
+    recorded = arrival - arrival[0] if len(arrival) else arrival
+    due = scale_ns(recorded, options.speed)
+    return Schedule(
+        due_ns=due,
+        source_index=order,
+        recorded_span_ns=int(recorded[-1]) if len(recorded) else 0,
+        peak_per_s=most_within(due, NS_PER_S),
+        peak_in_flight=most_in_flight(due, offered.duration_ns[order]),
+        left_out=left_out,
+    )
+
+
+def _inside(arrival: Ints, window: tuple[int | None, int | None]) -> NDArray[np.bool_]:
+    since_first = arrival - arrival[0] if len(arrival) else arrival
+    start, end = window
+    inside = np.ones(len(arrival), dtype=np.bool_)
+    if start is not None:
+        inside &= since_first >= start
+    if end is not None:
+        inside &= since_first < end
+    return inside
+
+
+def most_within(due_ns: Ints, width_ns: int) -> int:
+    """The most requests that any half-open interval of a width holds."""
+    if not len(due_ns):
+        return 0
+    after = np.searchsorted(due_ns, due_ns + width_ns, side="left")
+    return int((after - np.arange(len(due_ns))).max())
+
+
+def most_in_flight(due_ns: Ints, duration_ns: Ints) -> int:
+    """The most requests open at one instant if each takes its duration from its due time."""
+    if not len(due_ns):
+        return 0
+    ends = np.sort(due_ns + duration_ns)
+    ended = np.searchsorted(ends, due_ns, side="right")
+    return int((np.arange(1, len(due_ns) + 1) - np.minimum(ended, np.arange(len(due_ns)))).max())

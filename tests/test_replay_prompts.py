@@ -1,0 +1,155 @@
+"""Prompts: exact length, exact prefix sharing, the same on every host."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokentape.replay.prompts import (
+    WORDS,
+    Blocks,
+    Length,
+    PromptSource,
+    TokenIds,
+    Words,
+)
+
+DATA = Path(__file__).parent.parent / ".." / "shared" / "data"
+IDS, TEXT = TokenIds(), Words()
+hashes = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
+
+
+def blocks(of: list[int], size: int, namespace: str = "") -> Blocks:
+    return Blocks(np.array(of, dtype=np.int64), size, namespace)
+
+
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How long a beginning two rows of numbers have in common."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+@given(st.integers(0, 3000), hashes, st.integers(1, 512))
+def test_a_prompt_has_exactly_the_tokens_asked_for(tokens: int, of: list[int], size: int) -> None:
+    draws = PromptSource("t", 0).draws(b"r", tokens, blocks(of, size))
+    assert len(draws) == tokens
+    ids = json.loads(b"[" + IDS.write(draws) + b"]")
+    assert len(ids) == tokens and all(100 <= i <= 31_999 for i in ids)
+    text = json.loads(b'"' + TEXT.write(draws) + b'"')
+    assert len(text.split()) == tokens and set(text.split()) <= set(WORDS)
+    assert text == " ".join(text.split())
+
+
+@given(hashes, hashes, hashes, st.integers(16, 64), st.integers(0, 64), st.integers(0, 64))
+def test_prompts_share_exactly_the_prefix_whose_hashes_they_share(
+    common: list[int], left: list[int], right: list[int], size: int, rest_1: int, rest_2: int
+) -> None:
+    source = PromptSource("t", 0)
+    one, two = common + left, common + right
+    a = source.draws(b"one", size * len(one) + rest_1, blocks(one, size)).tolist()
+    b = source.draws(b"two", size * len(two) + rest_2, blocks(two, size)).tolist()
+    assert shared(a, b) == min(size * shared(one, two), len(a), len(b))
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=5), st.integers(1, 31), st.integers(1, 32))
+def test_a_last_hash_that_stands_for_a_part_of_a_block_shares_that_part(
+    of: list[int], part_1: int, part_2: int
+) -> None:
+    size = 32
+    source = PromptSource("t", 0)
+    whole = size * (len(of) - 1)
+    a = source.draws(b"one", whole + part_1, blocks(of, size)).tolist()
+    b = source.draws(b"two", whole + part_2, blocks(of, size)).tolist()
+    assert shared(a, b) == whole + min(part_1, part_2)
+
+
+def test_without_blocks_no_two_prompts_share_even_a_short_prefix() -> None:
+    source = PromptSource("t", 0)
+    ids = [IDS.write(source.draws(bytes([i]), 4)) for i in range(200)]
+    assert len(set(ids)) == 200
+
+
+def test_tape_seed_session_and_request_each_change_the_prompt() -> None:
+    of = blocks([5, 6], 64)
+    variants = [
+        PromptSource("t", 0).draws(b"r", 150, of),
+        PromptSource("u", 0).draws(b"r", 150, of),
+        PromptSource("t", 1).draws(b"r", 150, of),
+        PromptSource("t", 0).draws(b"r", 150, blocks([5, 6], 64, "session-1")),
+    ]
+    assert len({v[:64].tobytes() for v in variants}) == 4
+    other = PromptSource("t", 0).draws(b"s", 150, of)
+    assert shared(variants[0].tolist(), other.tolist()) == 128
+
+
+RECIPE = """
+import numpy as np
+from tokentape.replay.prompts import Blocks, PromptSource, TokenIds, Words
+draws = PromptSource("tape", 7).draws(b"request", 1000, Blocks(np.array([1, -2]), 300, "s"))
+print(TokenIds().write(draws).decode(), Words().write(draws).decode())
+"""
+RECIPE_DIGEST = "591decbae762086f"
+
+
+def test_prompts_are_the_same_in_every_process_and_never_change() -> None:
+    for hash_seed in ("0", "1"):
+        made = subprocess.run(
+            [sys.executable, "-c", RECIPE],
+            env={"PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            check=True,
+        )
+        assert blake2b(made.stdout, digest_size=8).hexdigest() == RECIPE_DIGEST
+
+
+def test_token_ids_and_words_are_spread_evenly() -> None:
+    draws = PromptSource("t", 0).draws(b"r", 128_000)
+    counts = np.bincount(np.array(json.loads(b"[" + TokenIds(0, 127).write(draws) + b"]")))
+    chi_square = float(((counts - 1000) ** 2 / 1000).sum())
+    assert len(counts) == 128 and chi_square < 206  # 127 degrees of freedom, alpha 1e-5
+
+
+def test_words_are_short_distinct_and_in_the_pattern_of_word_level_vocabularies() -> None:
+    assert len(set(WORDS)) == 128
+    assert all(re.fullmatch("([bcdfghklmnprstvz][aeiou]){2}", word) for word in WORDS)
+
+
+@given(st.integers(0, 300), st.integers(1, 5000))
+def test_a_length_rule_found_by_two_probes_reaches_every_length_past_the_template(
+    overhead: int, tokens: int
+) -> None:
+    length = Length.through((1, overhead + 1), (33, overhead + 33))
+    assert length == Length(overhead, 1.0) and length.exact
+    sent = length.units(tokens)
+    assert sent == 1 if tokens < length.shortest_tokens else overhead + sent == tokens
+
+
+def test_a_count_that_does_not_follow_the_prompt_gives_no_length_rule() -> None:
+    assert Length.through((8, 16), (40, 16)) is None
+    assert Length.through((8, 26), (40, 90)) == Length(10.0, 2.0)
+
+
+def test_mooncake_prompts_share_what_the_trace_says() -> None:
+    path = DATA / "mooncake" / "conversation_trace.jsonl"
+    if not path.exists():
+        pytest.skip("sample data is not here")
+    with path.open() as lines:
+        rows = [json.loads(next(lines)) for _ in range(120)]
+    source, size = PromptSource("mooncake", 0), 512
+    prompts = [
+        source.draws(str(i).encode(), row["input_length"], blocks(row["hash_ids"], size)).tolist()
+        for i, row in enumerate(rows)
+    ]
+    for i in range(0, 120, 17):
+        for j in range(i):
+            same = shared(rows[i]["hash_ids"], rows[j]["hash_ids"])
+            length = min(len(prompts[i]), len(prompts[j]), size * same)
+            assert shared(prompts[i], prompts[j]) == length
