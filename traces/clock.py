@@ -82,7 +82,6 @@ class TapeClock:
         """Wall time of a monotonic stamp, by the one anchor."""
         return monotonic_ns + self.offset_ns + self.epoch_unix_ns
 
-    def footer(self, now: Anchor | None = None) -> dict[str, Any]:
-        """What a segment says about its clock: id, and the anchors known so far."""
-        anchors = [self.anchor, *([now] if now else [])]
-        return {"clock_id": self.clock_id, "anchors": [a.as_dict() for a in anchors]}
+    def footer(self) -> dict[str, Any]:
+        """What a segment says about its clock: its id, and anchors, the one in force first."""
+        return {"clock_id": self.clock_id, "anchors": [self.anchor.as_dict()]}

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from tokentape.traces.schema import REQUESTS, TELEMETRY, row_problem
 
-_FLAT = {pa.int64(): np.int64, pa.uint16(): np.uint16, pa.uint8(): np.uint8}
+_FLAT = {pa.int64(): np.int64, pa.uint32(): np.uint32, pa.uint16(): np.uint16, pa.uint8(): np.uint8}
 
 
 def _flat_lists(values: Sequence[Any], type_: pa.ListType, dtype: Any) -> pa.Array:

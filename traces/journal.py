@@ -15,39 +15,38 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow.parquet as pq
 
-OPEN, COLUMNS, EVENTS, ROW, TELEMETRY = 0, 1, 2, 3, 4
+OPEN, COLUMNS, EVENTS, ROW, TELEMETRY, CLOCK = 0, 1, 2, 3, 4, 5
 _HEAD = struct.Struct("<II")
 _MAGIC = b"tokentape journal 1\n"
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
 
 # Event lists of a row and of an EVENTS record, as array type codes; each is written as raw bytes.
-LISTS = {"off_us": "q", "ntok": "H", "cls": "B", "choice": "B", "aux_off_us": "q", "aux_cls": "B"}
+LISTS = {"off_us": "I", "ntok": "H", "cls": "B", "choice": "B", "aux_off_us": "I", "aux_cls": "B"}
 EVENT_LISTS = ("t_ns", "ntok", "cls", "choice", "aux_t_ns", "aux_cls")
 _EVENT_CODES = "qHBBqB"
+_DTYPES = {"I": np.uint32, "H": np.uint16}
 
 
 class Journal:
     """Appends records; `flush` hands them to the kernel, `rotate` starts the next file."""
 
-    def __init__(self, tape: Path, incarnation: str) -> None:
+    def __init__(self, tape: Path, incarnation: str, clock: dict[str, Any]) -> None:
         self._folder = tape / "journal"
         self._incarnation = incarnation
+        self._clock = clock
         self._number = 0
-        self._buffer = bytearray(_MAGIC)
         self._fd = self._create(self._path(0))
+        self._begin()
 
     def add(self, kind: int, stream: int, *fields: Any) -> None:
         """Append one record to the buffer."""
         payload = _encode([kind, stream, *fields])
         self._buffer += _HEAD.pack(len(payload), zlib.crc32(payload))
         self._buffer += payload
-
-    def add_row(self, stream: int, row: dict[str, Any]) -> None:
-        """Append a finished row."""
-        self.add(ROW, stream, pack_row(row))
 
     def flush(self) -> None:
         """Hand the buffer to the kernel, from where it survives this process; OSError when full."""
@@ -66,7 +65,8 @@ class Journal:
         Call it only when everything finished is sealed. The next file appears complete or not at
         all, and only then is this one deleted; on OSError this one goes on.
         """
-        kept, self._buffer = self._buffer, bytearray(_MAGIC)
+        kept = self._buffer
+        self._begin()
         final = self._path(self._number + 1)
         temporary = final.with_suffix(".tmp")
         old_fd = self._fd
@@ -91,6 +91,10 @@ class Journal:
         os.close(self._fd)
         self._path(self._number).unlink(missing_ok=True)
 
+    def _begin(self) -> None:
+        self._buffer = bytearray(_MAGIC)
+        self.add(CLOCK, 0, self._clock)
+
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._incarnation}-{number:05d}.journal"
 
@@ -105,7 +109,7 @@ def pack_row(row: dict[str, Any]) -> dict[str, Any]:
     for name, code in LISTS.items():
         value = packed.get(name)
         if value is not None:
-            packed[name] = bytes(value) if code == "B" else array(code, value).tobytes()
+            packed[name] = bytes(value) if code == "B" else np.asarray(value, _DTYPES[code]).tobytes()
     return packed
 
 

@@ -39,6 +39,7 @@ MODES: tuple[Mode, ...] = ("none", "structure", "full")  # each holds what the o
 uuid_t = pa.uuid()
 text = pa.string()
 i16, i32, i64 = pa.int16(), pa.int32(), pa.int64()
+u32 = pa.uint32()  # event offsets: measured against INT64, see docs/performance.md
 f32 = pa.float32()
 flag = pa.bool_()
 
@@ -148,11 +149,11 @@ def _columns() -> Iterable[Column]:
     yield c("early_reply", flag, "the reply began before the request was sent: from-send times use send_ns")
 
     group = "stream"
-    yield c("off_us", pa.list_(i64), "arrival of each event after send_ns, non-decreasing", "us")
+    yield c("off_us", pa.list_(u32), "arrival of each event after send_ns, non-decreasing; cast before subtracting", "us")
     yield c("ntok", pa.list_(pa.uint16()), "tokens of each event; the sum is output_tokens", "tokens")
     yield c("cls", pa.list_(pa.uint8()), "class of each event: 0 text, 1 reasoning, 2 tool, 3 empty")
     yield c("choice", pa.list_(pa.uint8()), "choice of each event; NULL when there is one")
-    yield c("aux_off_us", pa.list_(i64), "arrival of each other message after send_ns", "us")
+    yield c("aux_off_us", pa.list_(u32), "arrival of each other message after send_ns", "us")
     yield c("aux_cls", pa.list_(pa.uint8()), "0 role, 1 usage, 2 finish, 3 done, 4 ping, 5 error, 6 other")
 
     group = "tokens"
@@ -198,6 +199,7 @@ def _columns() -> Iterable[Column]:
     yield c("coalesced_reads", i32, "socket reads that held more than one event: all but the last have an upper bound")
     yield c("clamped_events", i32, "stamps lowered to their neighbour because they ran backwards")
     yield c("events_dropped", i32, "events seen but not kept")
+    yield c("events_overflowed", i32, "events later than 71.6 minutes after send_ns, which off_us cannot hold")
     yield c("backpressure_ns", i64, "time that a slow client stopped upstream reads", "ns")
     yield c("sample_prob", f32, "probability with which the row was kept; weight is its inverse")
     yield c("sample_reason", text, "session, error, slow")

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokentape.traces import facts as tape_facts
-from tokentape.traces.clock import TapeClock, take_anchor, wall_unix_ns
+from tokentape.traces.clock import wall_unix_ns
 from tokentape.traces.columns import requests_table, telemetry_table
 from tokentape.traces.identity import incarnation
 from tokentape.traces.schema import FORMAT_VERSION, REQUESTS, TELEMETRY
@@ -24,6 +24,7 @@ from tokentape.traces.schema import FORMAT_VERSION, REQUESTS, TELEMETRY
 ROW_GROUP_ROWS = 4_000  # about 1 M events: the size that DuckDB reads fastest, see docs/performance.md
 SEAL_BYTES = 64 << 20  # a guess of the rows' size in memory that closes a segment
 ZSTD_LEVEL = 3
+TRACE_CLOCK: dict[str, Any] = {"clock_id": "trace", "anchors": []}  # an import's clock is its trace
 _ROW_BYTES, _EVENT_BYTES = 1_000, 12
 
 _LISTS = [f.name for f in REQUESTS if pa.types.is_list(f.type)]
@@ -44,10 +45,11 @@ _DICTIONARY = [
 class TapeWriter:
     """Appends rows to a tape and seals them; `close` seals what is left.
 
-    Rows are dictionaries of column names; instants are already ns since the tape's epoch.
+    Rows are dictionaries of column names; instants are already ns since the tape's epoch. `clock` is
+    what every segment says of the clock that took them: TapeClock.footer, or TRACE_CLOCK.
     """
 
-    def __init__(self, tape: Path, lock_fd: int, clock: TapeClock | None, worker: str) -> None:
+    def __init__(self, tape: Path, lock_fd: int, clock: dict[str, Any], worker: str) -> None:
         self.tape = tape
         self.facts = tape_facts.read_facts(tape)
         self.worker = worker
@@ -57,6 +59,7 @@ class TapeWriter:
         self.events_written = 0
         self.segments_sealed = 0
         self.losses: dict[str, int] = {}
+        self.seen = 0  # requests opened; 0 for an import, which counts its own
         self.pending_bytes = 0
         self._lock_fd = lock_fd
         self._rows: list[dict[str, Any]] = []
@@ -84,7 +87,7 @@ class TapeWriter:
             wall_epoch_unix_ns=wall_epoch_unix_ns,
         )
         tape_facts.create_tape(tape, first, force=force)
-        return cls(tape, tape_facts.lock(tape), None, worker)
+        return cls(tape, tape_facts.lock(tape), TRACE_CLOCK, worker)
 
     @property
     def pending_rows(self) -> int:
@@ -134,8 +137,9 @@ class TapeWriter:
     def update_facts(self, **changes: Any) -> None:
         """Change tape.json, losses included; atomic."""
         self.facts = tape_facts.read_facts(self.tape) | changes
-        if self.losses:
-            self.facts["losses"] = self.facts["losses"] | {self.incarnation: self.losses}
+        for name, mine in (("losses", self.losses), ("seen", self.seen)):
+            if mine:
+                self.facts[name] = self.facts.get(name, {}) | {self.incarnation: mine}
         tape_facts.replace_facts(self.tape, self.facts)
 
     def close(self, **changes: Any) -> None:
@@ -193,7 +197,6 @@ class TapeWriter:
         tape_facts.sync_folder(folder)
 
     def _footer(self) -> dict[str, Any]:
-        clock = self.clock.footer(take_anchor()) if self.clock else {"clock_id": "trace", "anchors": []}
         return {
             "format_version": FORMAT_VERSION,
             "tape_id": self.facts["tape_id"],
@@ -203,7 +206,8 @@ class TapeWriter:
             "host": platform.node(),
             "worker": self.worker,
             "incarnation": self.incarnation,
-            **clock,
+            "clock_id": self.clock["clock_id"],
+            "anchors": self.clock["anchors"],
         }
 
 

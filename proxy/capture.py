@@ -1,0 +1,141 @@
+"""The capture command: a proxy in front of one upstream, and a tape behind it.
+
+Runs until SIGINT or SIGTERM, then drains: streams in flight end, and only then is the tape sealed.
+"""
+
+import asyncio
+import secrets
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tokentape.proxy import master
+from tokentape.proxy.addon import Capture
+from tokentape.traces.errors import UsageError
+from tokentape.traces.privacy import KEY_BYTES, Privacy, load_key
+from tokentape.traces.recording import Recorder, Summary
+from tokentape.traces.schema import Mode
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What the command line asks for; `listen` is HOST:PORT, port 0 for any."""
+
+    upstream: str
+    tape: Path
+    listen: str = "127.0.0.1:8080"
+    content: Mode = "structure"
+    key_file: Path | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+    force: bool = False
+    drain_s: float = 30.0
+    worker: str = "w0"
+
+
+@dataclass(frozen=True)
+class CaptureSummary:
+    """What was captured, and what was not."""
+
+    seen: int
+    rows: int
+    events: int
+    losses: dict[str, int]
+    proxy_errors: int
+
+    def text(self) -> str:
+        """One line for people."""
+        lost = ", ".join(f"{n} lost ({reason})" for reason, n in sorted(self.losses.items()))
+        tail = f"; {lost}" if lost else "; nothing lost"
+        errors = f"; {self.proxy_errors} proxy errors" if self.proxy_errors else ""
+        return f"{self.seen} requests seen, {self.rows} rows, {self.events} events{tail}{errors}"
+
+
+def capture(options: CaptureOptions, on_ready: Callable[[str], None]) -> CaptureSummary:
+    """Proxy and record until a signal; `on_ready` gets the URL that clients should use.
+
+    UsageError for an upstream or address that cannot be used, TapeError for the tape.
+    """
+    upstream = checked_upstream(options.upstream)
+    host, port = checked_listen(options.listen)
+    try:
+        bound = master.bind(host, port)
+    except OSError as error:
+        raise UsageError(
+            f"--listen {options.listen}: {error.strerror}; choose another port, or 0 for any free one"
+        ) from None
+    # mode none keeps no key: its digests group callers within this life only
+    key = (
+        secrets.token_bytes(KEY_BYTES)
+        if options.content == "none"
+        else load_key(options.tape, options.key_file)
+    )
+    recorder = Recorder.start(
+        options.tape,
+        role="capture",
+        command=options.command,
+        options={"upstream": upstream, "listen": options.listen, "content": options.content},
+        facts={
+            "candidate": {"url": upstream, "given": options.facts},
+            "key_id": Privacy(options.content, key).key_id if options.content != "none" else None,
+        },
+        content=options.content,
+        key=key,
+        force=options.force,
+        append=True,
+        worker=options.worker,
+    )
+    address = "http://{}:{}".format(*bound.getsockname()[:2])
+    errors = asyncio.run(_run(options, upstream, bound, recorder, lambda: on_ready(address)))
+    return _summary(recorder.finish(), errors)
+
+
+def _summary(summary: Summary, errors: int) -> CaptureSummary:
+    return CaptureSummary(summary.seen, summary.rows, summary.events, summary.losses, errors)
+
+
+async def _run(
+    options: CaptureOptions,
+    upstream: str,
+    bound: socket.socket,
+    recorder: Recorder,
+    on_ready: Callable[[], None],
+) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    recorder.flush_every(loop)
+    addon = Capture(recorder, options.worker)
+    errors = await master.serve(upstream, bound, addon, stop, options.drain_s, on_ready)
+    return errors + addon.errors
+
+
+def checked_upstream(url: str) -> str:
+    """`scheme://host:port` of an upstream; UsageError says what is wrong with anything else."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise UsageError(f"--upstream {url}: need http://HOST:PORT or https://HOST:PORT")
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except ValueError:
+        raise UsageError(f"--upstream {url}: the port is no number below 65536") from None
+    if not parts.hostname:
+        raise UsageError(f"--upstream {url}: no host; need http://HOST:PORT")
+    if parts.path.strip("/") or parts.query or parts.username:
+        raise UsageError(
+            f"--upstream {url}: give scheme, host and port only; clients keep their paths and keys"
+        )
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}:{port}"
+
+
+def checked_listen(listen: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT; UsageError otherwise."""
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"--listen {listen}: need HOST:PORT, such as 127.0.0.1:8080")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,162 @@
+"""mitmproxy set up for LLM streams: its own Master, listener, options, drain.
+
+Why each option: reference comments beside it. Never mitmdump: its other add-ons double the cost of a
+request. HTTP/2 on the listening side stays off until its buffers are bounded.
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mitmproxy import master, options
+from mitmproxy.addons import core, disable_h2c, errorcheck, next_layer, proxyserver, tlsconfig
+from mitmproxy.proxy import layers, mode_servers, mode_specs
+
+from tokentape.proxy import traps
+from tokentape.proxy.addon import Capture
+
+BACKLOG = 4096  # stock: 100, which refuses bursts of new connections
+DRAIN_POLL_S = 0.05
+
+
+class TapeMode(mode_specs.ReverseMode):
+    """Reverse mode under a name of its own, as mitmproxy allows one listener class per mode."""
+
+
+class TapeInstance(mode_servers.AsyncioServerInstance[TapeMode]):
+    """Listens on a socket that was bound before mitmproxy started."""
+
+    bound: socket.socket
+
+    def make_top_layer(self, context: Any) -> Any:
+        """Every connection is a reverse-proxied one."""
+        return layers.modes.ReverseProxy(context)
+
+    async def listen(self, host: str, port: int) -> list[Any]:  # noqa: ARG002 - bound already
+        """Serve the bound socket."""
+        return [await asyncio.start_server(self.handle_stream, sock=self.bound, backlog=BACKLOG)]
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, port 0 for any; OSError when it is taken.
+
+    The protocol number matters: without it asyncio leaves Nagle's delay on for accepted sockets,
+    which adds 40 ms to short replies.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen(BACKLOG)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+class ErrorCounter(logging.Handler):
+    """Counts errors that mitmproxy logs; without a handler of ours they vanish in its own."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Count, and say the first ones."""
+        self.count += 1
+        if self.count <= 5:
+            print(f"tokentape: proxy: {record.getMessage()}", file=sys.stderr)
+
+
+def build(upstream: str, bound: socket.socket, capture: Capture) -> master.Master:
+    """A Master with exactly the add-ons that a streaming reverse proxy needs."""
+    TapeInstance.bound = bound
+    host, port = bound.getsockname()[:2]
+    spec = f"tape:{upstream}@{'[' + host + ']' if ':' in host else host}:{port}"
+    m = master.Master(options.Options(mode=[spec], confdir=str(_confdir())))
+    m.addons.add(
+        core.Core(),
+        proxyserver.Proxyserver(),
+        next_layer.NextLayer(),
+        tlsconfig.TlsConfig(),
+        disable_h2c.DisableH2C(),
+        errorcheck.ErrorCheck(),
+    )
+    m.options.update(
+        connection_strategy="lazy",  # eager gives the client an empty reply when upstream is down
+        keep_host_header=True,  # the request head then reaches upstream byte for byte
+        tcp_timeout=86400,  # stock kills a connection after 600 s of silence: a long prefill
+        validate_inbound_headers=False,  # odd but working traffic is not ours to refuse
+        http2=False,
+        http3=False,
+        store_streamed_bodies=False,
+    )
+    m.addons.add(capture)
+    return m
+
+
+def _confdir() -> Path:
+    """Where mitmproxy keeps its certificate authority; made once, since keys are slow to make."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(base) if base else Path.home() / ".cache") / "tokentape" / "mitmproxy"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="tokentape-"))
+    return folder
+
+
+async def serve(
+    upstream: str,
+    bound: socket.socket,
+    capture: Capture,
+    stop: asyncio.Event,
+    drain_s: float,
+    on_ready: Callable[[], None],
+) -> int:
+    """Proxy until `stop`, then drain; returns the number of errors that mitmproxy logged."""
+    errors = ErrorCounter()
+    logging.getLogger().addHandler(errors)
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in traps.apply(capture.note):
+        print(f"tokentape: this mitmproxy does not allow the remedy {name!r}", file=sys.stderr)
+    m = build(upstream, bound, capture)
+    running = asyncio.ensure_future(m.run())
+    proxy = m.addons.get("proxyserver")
+    while not running.done() and not any(s.is_running for s in proxy.servers):
+        await asyncio.sleep(0.005)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)  # stock thresholds pause 355 ms at 2,000 streams
+    on_ready()
+    await asyncio.wait([running, asyncio.ensure_future(stop.wait())], return_when="FIRST_COMPLETED")
+    if not running.done():
+        await drain(proxy, capture, stop, drain_s)
+        m.shutdown()
+    await running
+    logging.getLogger().removeHandler(errors)
+    return errors.count
+
+
+async def drain(proxy: Any, capture: Capture, stop: asyncio.Event, drain_s: float) -> None:
+    """Refuse new connections, let what is in flight end; a second stop ends it at once."""
+    for server in proxy.servers:
+        await server.stop()
+    stop.clear()
+    deadline = asyncio.get_running_loop().time() + drain_s
+    while capture.open_flows and not stop.is_set():
+        if asyncio.get_running_loop().time() > deadline:
+            break
+        busy = {flow.client_conn.id for flow in capture.open_flows.values()}
+        for client_id, handler in list(proxy.connections.items()):
+            if client_id not in busy and (io := handler.transports.get(handler.client)):
+                io.handler.cancel("idle while draining")
+        await asyncio.sleep(DRAIN_POLL_S)

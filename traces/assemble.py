@@ -1,0 +1,304 @@
+"""Raw records in, rows out: one state per open request, driven by blocks of records.
+
+Runs in the writer process. Bodies are held only until they are parsed; what goes to the journal and
+to the rows has passed the privacy mode. It never raises on what a client or a server sent.
+"""
+
+import struct
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from tokentape.traces import blocks
+from tokentape.traces.clock import TapeClock
+from tokentape.traces.identity import request_id
+from tokentape.traces.privacy import Privacy
+from tokentape.traces.schema import INSTANTS, allowed
+from tokentape.traces.wire import Reply, ReplyParser, read_request, reply_parser, wire_format
+
+MAX_BODY_BYTES = 64 << 20  # a longer request body is not parsed; its bytes still count
+CREDENTIALS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
+_UINT32_END = 1 << 32
+_decode = msgspec.msgpack.Decoder().decode
+
+
+class Sink(Protocol):
+    """Where an assembler's results go."""
+
+    def opened(self, stream: int, row: dict[str, Any]) -> None:
+        """A request was opened; `row` is what is known."""
+
+    def learned(self, stream: int, columns: dict[str, Any]) -> None:
+        """More columns of an open request."""
+
+    def finished(self, stream: int, row: dict[str, Any]) -> None:
+        """A request's final row."""
+
+    def sampled(self, samples: list[tuple[int, int, str, str, str, float]]) -> None:
+        """Telemetry samples, in tape time."""
+
+
+class OpenRequest:
+    """What is known of one request while it runs; times are monotonic ns until the row is made."""
+
+    __slots__ = ("body", "body_bytes", "dropped", "journaled", "last_ns", "parser", "read", "reply_bytes", "row")
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        self.row = row
+        self.body: bytearray | None = bytearray()
+        self.body_bytes = 0
+        self.parser: ReplyParser | None = None
+        self.read = 0
+        self.last_ns = 0
+        self.reply_bytes = 0
+        self.journaled = (0, 0)
+
+
+class Assembler:
+    """Turns blocks into rows. `seen` counts requests opened, `open` holds those that still run."""
+
+    def __init__(self, clock: TapeClock, privacy: Privacy, sink: Sink) -> None:
+        self._clock = clock
+        self._privacy = privacy
+        self._sink = sink
+        self._allowed = allowed(privacy.mode)
+        self.open: dict[int, OpenRequest] = {}
+        self.seen = 0
+        self.unparsed_records = 0
+
+    def take(self, block: memoryview) -> None:
+        """Read every record of a block."""
+        at, end = 0, len(block)
+        unpack, size = blocks.RECORD.unpack_from, blocks.RECORD.size
+        while at < end:
+            kind, stream, t_ns, length = unpack(block, at)
+            at += size
+            payload = bytes(block[at : at + length])
+            at += length
+            if kind == blocks.REPLY_DATA:
+                self._reply_data(stream, t_ns, payload)
+            else:
+                self._control(kind, stream, t_ns, payload)
+
+    def _control(self, kind: int, stream: int, t_ns: int, payload: bytes) -> None:
+        if kind == blocks.OPEN:
+            self._open(stream, t_ns, payload)
+        elif kind == blocks.TELEMETRY:
+            self._telemetry(t_ns, payload)
+        elif (request := self.open.get(stream)) is None:
+            self.unparsed_records += 1
+        elif kind == blocks.REQUEST_BODY:
+            self._request_body(request, payload)
+        elif kind == blocks.MARK:
+            self._mark(stream, request, t_ns, payload.decode())
+        elif kind == blocks.REPLY_HEAD:
+            self._reply_head(stream, request, t_ns, payload)
+        elif kind == blocks.CLOSE:
+            self._close(stream, request, t_ns, _decode(payload))
+
+    def _open(self, stream: int, t_ns: int, payload: bytes) -> None:
+        row, head = _decode(payload)
+        row.setdefault("arrival_ns", t_ns)
+        row["request_id"] = request_id(self._clock.unix_ns(row["arrival_ns"]))
+        request = OpenRequest(row)
+        if head is not None:
+            row.update(self._head_columns(*head))
+        else:
+            request.body = None
+        self.open[stream] = request
+        self.seen += 1
+        self._sink.opened(stream, self._visible(row))
+
+    def _head_columns(self, method: bytes, target: bytes, headers: list[Any]) -> dict[str, Any]:
+        """What a request head tells; the query and every header value stay out."""
+        endpoint = target.split(b"?", 1)[0].decode("latin-1")
+        columns: dict[str, Any] = {"endpoint": endpoint, "wire_format": wire_format(endpoint)}
+        if method != b"POST":
+            columns["operation"] = method.decode("latin-1").lower()
+        for name, value in headers:
+            lower = name.lower()
+            if lower in CREDENTIALS:
+                columns["tenant_digest"] = self._privacy.digest(value, "tenant")
+            elif lower == b"traceparent":
+                columns["trace_id"] = value.split(b"-")[1].decode("latin-1") if value.count(b"-") == 3 else None
+        return columns
+
+    def _request_body(self, request: OpenRequest, data: bytes) -> None:
+        request.body_bytes += len(data)
+        if request.body is not None and request.body_bytes <= MAX_BODY_BYTES:
+            request.body += data
+
+    def _mark(self, stream: int, request: OpenRequest, t_ns: int, column: str) -> None:
+        request.row[column] = t_ns
+        if column == "request_end_ns":
+            self._read_request(stream, request)
+
+    def _read_request(self, stream: int, request: OpenRequest) -> None:
+        """Parse the request's body once, and let go of it."""
+        if request.body is None:
+            return
+        body, request.body = bytes(request.body), None
+        columns: dict[str, Any] = {"prompt_bytes": request.body_bytes}
+        if body and request.body_bytes <= MAX_BODY_BYTES:
+            facts = read_request(request.row["endpoint"], body)
+            columns |= facts.columns | self._privacy.blocks(facts.prompt)
+        request.row.update(columns)
+        self._sink.learned(stream, self._visible(columns | {k: v for k, v in request.row.items() if k in INSTANTS}))
+
+    def _reply_head(self, stream: int, request: OpenRequest, t_ns: int, payload: bytes) -> None:
+        status, headers = _decode(payload)
+        self._read_request(stream, request)
+        found = {name.lower(): value.decode("latin-1") for name, value in headers}
+        row = request.row
+        row["response_headers_ns"] = t_ns
+        row["http_status"] = status
+        encoding = found.get(b"content-encoding")
+        row["content_encoding"] = encoding
+        request.parser = reply_parser(
+            row.get("wire_format") or "unknown",
+            bool(row.get("stream")),
+            status,
+            found.get(b"content-type", ""),
+            encoding or "",
+        )
+
+    def _reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
+        request = self.open.get(stream)
+        if request is None:
+            self.unparsed_records += 1
+            return
+        if t_ns != request.last_ns:
+            request.read += 1
+            request.last_ns = t_ns
+            request.row.setdefault("first_byte_ns", t_ns)
+        request.reply_bytes += len(data)
+        if request.parser is not None:
+            request.parser.feed(data, t_ns, request.read)
+
+    def _close(self, stream: int, request: OpenRequest, t_ns: int, columns: dict[str, Any]) -> None:
+        del self.open[stream]
+        self._read_request(stream, request)
+        row = request.row
+        row.update(columns)
+        row.setdefault("end_ns", t_ns)
+        if row.get("http_status") is not None:
+            row["response_bytes"] = request.reply_bytes
+        if request.parser is not None:
+            reply = request.parser.finish(t_ns, row["outcome"] == "ok")
+            _merge_reply(row, reply)
+        _mark_early(row)
+        self._sink.finished(stream, self._visible(row))
+
+    def _telemetry(self, t_ns: int, payload: bytes) -> None:
+        end_ns, source, samples = _decode(payload)
+        begin, end = self._clock.tape_ns(t_ns), self._clock.tape_ns(end_ns)
+        self._sink.sampled([(begin, end, source, name, labels, value) for name, labels, value in samples])
+
+    def cut(self, t_ns: int) -> int:
+        """Close every open request as `cut`; the number of them."""
+        count = len(self.open)
+        for stream, request in list(self.open.items()):
+            self._close(stream, request, t_ns, {"outcome": "cut"})
+        return count
+
+    def new_events(self) -> list[tuple[int, list[bytes]]]:
+        """(stream, raw arrays in the journal's order) of the events since the last call."""
+        found = []
+        for stream, request in self.open.items():
+            parser = request.parser
+            if parser is None:
+                continue
+            first, first_aux = request.journaled
+            request.journaled = (len(parser.t_ns), len(parser.aux_t_ns))
+            if request.journaled != (first, first_aux):
+                found.append((stream, self._raw(parser, first, first_aux)))
+        return found
+
+    def snapshot(self) -> list[tuple[int, dict[str, Any], list[bytes] | None]]:
+        """(stream, visible row, all events so far) of every open request, for a new journal."""
+        return [
+            (
+                stream,
+                self._visible(request.row),
+                self._raw(request.parser, 0, 0) if request.parser else None,
+            )
+            for stream, request in self.open.items()
+        ]
+
+    def _raw(self, parser: ReplyParser, first: int, first_aux: int) -> list[bytes]:
+        offset = self._clock.offset_ns
+        t_ns = np.asarray(parser.t_ns[first:], dtype=np.int64) + offset
+        aux_ns = np.asarray(parser.aux_t_ns[first_aux:], dtype=np.int64) + offset
+        ntok = np.asarray(parser.ntok[first:], dtype=np.uint16)
+        return [
+            t_ns.tobytes(),
+            ntok.tobytes(),
+            bytes(parser.cls[first:]),
+            bytes(parser.choice[first:]),
+            aux_ns.tobytes(),
+            bytes(parser.aux_cls[first_aux:]),
+        ]
+
+    def _visible(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The columns that the mode allows, instants in tape time."""
+        offset = self._clock.offset_ns
+        return {
+            name: value + offset if name in INSTANTS and value is not None else value
+            for name, value in row.items()
+            if name in self._allowed
+        }
+
+
+def _merge_reply(row: dict[str, Any], reply: Reply) -> None:
+    """The parsed reply's columns, and the outcome that only the body can tell."""
+    for name, value in reply.columns.items():
+        if value is not None:
+            row[name] = value
+    if row["outcome"] == "ok":
+        if (row.get("http_status") or 0) >= 400:
+            row["outcome"] = "http_error"
+        elif reply.stream_error:
+            row["outcome"] = "stream_error"
+    if row.get("stream"):
+        row["first_content_ns"] = reply.first_content_ns
+        row["first_answer_ns"] = reply.first_answer_ns
+        row["last_content_ns"] = reply.last_content_ns
+        stream_columns(row, reply.t_ns, reply.ntok, reply.cls, reply.choice, reply.aux_t_ns, reply.aux_cls)
+
+
+def stream_columns(
+    row: dict[str, Any], t_ns: Any, ntok: Any, cls: Any, choice: Any, aux_t_ns: Any, aux_cls: Any
+) -> None:
+    """Fill the event lists of a row; times in the row's own base, counted from send_ns.
+
+    A stamp later than the one after it is lowered to that one, and counted in `clamped_events`.
+    """
+    base = row.get("send_ns") or row["arrival_ns"]
+    off_us, clamped, late = _offsets(t_ns, base)
+    kept = len(off_us)
+    row["off_us"], row["ntok"] = off_us, np.asarray(ntok, dtype=np.uint16)[:kept]
+    row["cls"] = bytes(cls)[:kept]
+    row["choice"] = bytes(choice)[:kept] if choice is not None else None
+    row["aux_off_us"], aux_clamped, aux_late = _offsets(aux_t_ns, base)
+    row["aux_cls"] = bytes(aux_cls)[: len(row["aux_off_us"])]
+    row["clamped_events"] = clamped + aux_clamped
+    row["events_overflowed"] = late + aux_late
+    if late:
+        row["ntok_source"] = "overflowed"
+
+
+def _offsets(t_ns: Any, base_ns: int) -> tuple[Any, int, int]:
+    """(offsets in us as uint32, how many were lowered, how many lie past what uint32 holds)."""
+    off_us = (np.asarray(t_ns, dtype=np.int64) - base_ns) // 1000
+    rising = np.maximum(np.minimum.accumulate(off_us[::-1])[::-1], 0)
+    kept = int(np.searchsorted(rising, _UINT32_END))
+    clamped = int(np.count_nonzero(rising != off_us))
+    return rising[:kept].astype(np.uint32), clamped, len(off_us) - kept
+
+
+def _mark_early(row: dict[str, Any]) -> None:
+    """Flag a reply that began before the request was sent whole."""
+    sent, began = row.get("send_end_ns"), row.get("response_headers_ns")
+    if sent is not None and began is not None:
+        row["early_reply"] = began < sent

@@ -1,0 +1,129 @@
+"""Blocks of raw records through anonymous shared memory, from a hot process to its writer process.
+
+Slots of one memfd carry the bytes, a SEQPACKET socket carries who owns a slot. Sending copies into a
+free slot or says that there is none; it never waits. What crosses here is raw and stays in memory.
+"""
+
+import mmap
+import os
+import socket
+import struct
+from collections import deque
+from dataclasses import dataclass
+
+SLOT_BYTES = 1 << 20
+SLOTS = 32  # 32 MiB between the hot process and a writer that stalls
+MAX_PAYLOAD_BYTES = 256 << 10  # longer data is split, so that a record always fits a slot
+
+# One record: kind, stream, CLOCK_MONOTONIC ns, payload length; then the payload.
+RECORD = struct.Struct("<BIqI")
+OPEN, REQUEST_BODY, MARK, REPLY_HEAD, REPLY_DATA, CLOSE, TELEMETRY = range(7)
+
+_FULL, _FREE, _NOTE = b"F"[0], b"R"[0], b"N"[0]
+_SLOT = struct.Struct("<BHI")
+
+
+@dataclass
+class Channel:
+    """What both sides hold: the socket and the mapped memory."""
+
+    sock: socket.socket
+    memory: mmap.mmap
+
+    def note(self, message: bytes) -> None:
+        """Send a control message; the receiver gets the same bytes. Raises OSError when it is gone."""
+        self.sock.send(bytes([_NOTE]) + message)
+
+
+def channel_pair() -> tuple[Channel, socket.socket, int]:
+    """(the hot side's channel, the writer's socket, the memory's descriptor)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fd = os.memfd_create("tokentape-blocks")
+    os.ftruncate(fd, SLOT_BYTES * SLOTS)
+    return Channel(ours, mmap.mmap(fd, SLOT_BYTES * SLOTS)), theirs, fd
+
+
+def open_channel(socket_fd: int, memory_fd: int) -> Channel:
+    """The writer's channel from inherited descriptors."""
+    return Channel(socket.socket(fileno=socket_fd), mmap.mmap(memory_fd, SLOT_BYTES * SLOTS))
+
+
+class BlockSender:
+    """The hot side: `send` a block into a free slot, `poll` for freed slots and notes."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        channel.sock.setblocking(False)
+        self._free = deque(range(SLOTS))
+        self.alive = True
+
+    def send(self, block: bytes | bytearray) -> bool:
+        """True when the block is on its way; False when no slot is free or the writer is gone."""
+        if not self._free or not self.alive:
+            return False
+        slot = self._free.popleft()
+        at = slot * SLOT_BYTES
+        self._channel.memory[at : at + len(block)] = bytes(block)
+        try:
+            self._channel.sock.send(_SLOT.pack(_FULL, slot, len(block)))
+        except BlockingIOError:
+            self._free.appendleft(slot)
+            return False
+        except OSError:
+            self.alive = False
+            return False
+        return True
+
+    def poll(self) -> list[bytes]:
+        """Notes from the writer; slots that it has read become free."""
+        notes: list[bytes] = []
+        while self.alive:
+            try:
+                message = self._channel.sock.recv(1 << 16)
+            except BlockingIOError:
+                break
+            except OSError:
+                message = b""
+            if not message:
+                self.alive = False
+            elif message[0] == _FREE:
+                self._free.append(_SLOT.unpack(message)[1])
+            else:
+                notes.append(message[1:])
+        return notes
+
+
+class BlockReceiver:
+    """The writer's side: blocks and notes in the order in which they were sent."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._view = memoryview(channel.memory)
+
+    def receive(self, timeout_s: float) -> tuple[memoryview | None, bytes | None]:
+        """(block, None), (None, note), or (None, None) after the timeout; EOFError at the end.
+
+        A block's view is valid until `release`.
+        """
+        self._channel.sock.settimeout(max(timeout_s, 0.001))
+        try:
+            message = self._channel.sock.recv(1 << 16)
+        except TimeoutError:
+            return None, None
+        except ConnectionResetError:
+            message = b""
+        if not message:
+            raise EOFError
+        if message[0] == _NOTE:
+            return None, message[1:]
+        _, self._slot, size = _SLOT.unpack(message)
+        at = self._slot * SLOT_BYTES
+        return self._view[at : at + size], None
+
+    def release(self) -> None:
+        """Give the last block's slot back."""
+        try:
+            self._channel.sock.settimeout(None)
+            self._channel.sock.send(_SLOT.pack(_FREE, self._slot, 0))
+        except OSError:
+            return  # the hot process is gone: nobody waits for the slot

@@ -1,0 +1,95 @@
+"""What may be written: keyed digests and chained block hashes instead of text and secrets.
+
+Every value that leaves here is a keyed BLAKE2b digest, so it means nothing without the tape's key.
+The key lies beside the tape, never inside it: a tape can be given away without its key.
+"""
+
+import hashlib
+import os
+import secrets
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokentape.traces.errors import UsageError
+from tokentape.traces.schema import Mode
+from tokentape.traces.wire import Prompt
+
+KEY_BYTES = 32
+BLOCK_TOKENS = 128  # keeps a long prompt's hashes at one 64-bit number for about 512 bytes of text
+BLOCK_TEXT_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """One mode and one key; the same key over several tapes lets their prefixes match."""
+
+    mode: Mode
+    key: bytes
+
+    @property
+    def key_id(self) -> str:
+        """Names the key without telling it."""
+        return self.digest(b"tokentape key id", "key-id")
+
+    def digest(self, value: bytes, domain: str) -> str:
+        """16 hex digits that stand for a secret within this key and domain (at most 16 bytes)."""
+        return hashlib.blake2b(
+            value, digest_size=8, key=self.key, person=domain.encode()
+        ).hexdigest()
+
+    def blocks(self, prompt: Prompt | None) -> dict[str, Any]:
+        """The block columns of a prompt; empty where the mode forbids them or there is no prompt."""
+        if self.mode == "none" or prompt is None:
+            return {}
+        if prompt.tokens is not None:
+            data, unit, size, width = array("I", prompt.tokens).tobytes(), "token", BLOCK_TOKENS, 4
+        else:
+            data, unit, size, width = prompt.text or b"", "byte", BLOCK_TEXT_BYTES, 1
+        length = len(data) // width
+        return {
+            "block_tokens": size,
+            "block_unit": unit,
+            "block_scope": "key",
+            "block_hashes": self._chain(data, size * width),
+            "prefix_partial": length % size,
+        }
+
+    def _chain(self, data: bytes, step: int) -> list[int]:
+        """A signed 64-bit hash per full block; each stands for the whole prompt up to its end."""
+        hashes: list[int] = []
+        previous = b""
+        for at in range(0, len(data) - step + 1, step):
+            block = previous + step.to_bytes(4, "little") + data[at : at + step]
+            previous = hashlib.blake2b(
+                block, digest_size=8, key=self.key, person=b"prefix block"
+            ).digest()
+            hashes.append(int.from_bytes(previous, "little", signed=True))
+        return hashes
+
+
+def load_key(tape: Path, key_file: Path | None) -> bytes:
+    """The tape's key from `key_file`, or from TAPE.key beside the tape, made there when missing.
+
+    Raises UsageError for a file that is not 32 bytes (raw, or 64 hex digits).
+    """
+    path = key_file or tape.with_name(tape.name + ".key")
+    if key_file is None and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, "wb") as out:
+            out.write(secrets.token_bytes(KEY_BYTES).hex().encode() + b"\n")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"--key-file {path}: {error.strerror}") from None
+    key = raw
+    if len(raw) != KEY_BYTES:
+        try:
+            key = bytes.fromhex(raw.decode().strip())
+        except ValueError:
+            key = b""
+    if len(key) != KEY_BYTES:
+        raise UsageError(f"--key-file {path}: need {KEY_BYTES} bytes, raw or as 64 hex digits")
+    return key

@@ -1,0 +1,284 @@
+"""The hot side of recording: raw bytes and stamps into flat buffers, and on to the writer process.
+
+Used by proxy and replay alike. No call raises, waits or parses: when the writer stalls, memory is
+bounded, then event detail is dropped, then whole requests, and each drop is counted. The writer
+(`writer_process.py`) is a separate niced process that outlives this one until all is sealed.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tokentape.traces import blocks, facts as tape_facts
+from tokentape.traces.errors import TapeError
+from tokentape.traces.recover import recover_locked
+
+BLOCK_BYTES = 256 << 10  # a fuller buffer becomes a block at once
+FLUSH_EVERY_S = 0.1
+MEMORY_BYTES = 64 << 20  # waiting for a stalled writer: beyond it detail is dropped, beyond twice rows
+FINISH_TIMEOUT_S = 120.0
+_encode = msgspec.msgpack.Encoder().encode
+_pack = blocks.RECORD.pack
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of everything seen: seen = rows + the losses of whole rows."""
+
+    seen: int
+    rows: int
+    events: int
+    losses: dict[str, int] = field(default_factory=dict)
+
+
+class Recorder:
+    """Records requests as streams of raw pieces; a stream number of 0 means not recorded."""
+
+    def __init__(
+        self,
+        tape: Path,
+        lock_fd: int,
+        hello: dict[str, Any],
+        on_trouble: Callable[[str], None],
+    ) -> None:
+        self.tape = tape
+        self._lock_fd = lock_fd
+        self._on_trouble = on_trouble
+        self._buffer = bytearray()
+        self._waiting: deque[bytearray] = deque()
+        self._waiting_bytes = 0
+        self._streams = 0
+        self._dropped: dict[int, int] = {}
+        self.losses: dict[str, int] = {}
+        self._summary: dict[str, Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._channel, writer_socket, memory_fd = blocks.channel_pair()
+        command = [sys.executable, "-m", "tokentape.traces.writer_process"]
+        command += [str(writer_socket.fileno()), str(memory_fd), str(lock_fd)]
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=(writer_socket.fileno(), memory_fd, lock_fd),
+            start_new_session=True,  # Ctrl-C is for the hot process; the writer ends after it
+            stdin=subprocess.DEVNULL,
+        )
+        writer_socket.close()
+        os.close(memory_fd)
+        self._channel.note(json.dumps({"tape": str(tape), **hello}).encode())
+        self._wait_ready()
+        self._sender = blocks.BlockSender(self._channel)
+
+    @classmethod
+    def start(
+        cls,
+        tape: Path,
+        *,
+        role: str,
+        command: list[str],
+        options: dict[str, Any],
+        facts: dict[str, Any],
+        content: str = "structure",
+        key: bytes = b"",
+        force: bool = False,
+        append: bool = False,
+        worker: str = "w0",
+        on_trouble: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ) -> "Recorder":
+        """A recorder on a new tape, or on an old one of the same role when `append` is set.
+
+        Appending first seals what an earlier life left in the journal. TapeError when the tape
+        cannot be written.
+        """
+        if append and (tape / tape_facts.FACTS_NAME).is_file() and not force:
+            old = tape_facts.read_facts(tape)
+            if old["role"] != role or old.get("content") != content:
+                raise TapeError(
+                    f"{tape}: is a {old['role']} with content {old.get('content')}; "
+                    "choose another --tape, or --force to replace it"
+                )
+            lock_fd = tape_facts.lock(tape)
+            recover_locked(tape)
+        else:
+            first = tape_facts.new_facts(
+                role,
+                command=command,
+                options=options,
+                facts={"content": content, **facts},
+                wall_epoch_unix_ns=None,
+            )
+            tape_facts.create_tape(tape, first, force=force)
+            lock_fd = tape_facts.lock(tape)
+        hello = {"worker": worker, "content": content, "key": key.hex()}
+        return cls(tape, lock_fd, hello, on_trouble)
+
+    # -- the hot path ---------------------------------------------------------------------------
+
+    def open(
+        self,
+        t_ns: int,
+        row: dict[str, Any],
+        head: tuple[bytes, bytes, list[tuple[bytes, bytes]]] | None = None,
+    ) -> int:
+        """Begin a request: ready columns, and the raw head (method, target, headers) to be read."""
+        if self._over(2):
+            self._lose("rows_dropped")
+            return 0
+        self._streams += 1
+        self._put(blocks.OPEN, self._streams, t_ns, _encode([row, head]))
+        return self._streams
+
+    def request_body(self, stream: int, t_ns: int, data: bytes) -> None:
+        """A piece of the client's request body."""
+        self._data(blocks.REQUEST_BODY, stream, t_ns, data)
+
+    def mark(self, stream: int, column: str, t_ns: int) -> None:
+        """Stamp an instant column of an open request."""
+        if stream:
+            self._put(blocks.MARK, stream, t_ns, column.encode())
+
+    def reply_head(
+        self, stream: int, t_ns: int, status: int, headers: list[tuple[bytes, bytes]]
+    ) -> None:
+        """The reply's status and headers."""
+        if stream:
+            self._put(blocks.REPLY_HEAD, stream, t_ns, _encode([status, headers]))
+
+    def reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
+        """A piece of the reply's body, without transfer framing; one stamp for parts of one read."""
+        self._data(blocks.REPLY_DATA, stream, t_ns, data)
+
+    def close(self, stream: int, t_ns: int, row: dict[str, Any]) -> None:
+        """End a request: its outcome and last columns."""
+        if not stream:
+            return
+        dropped = self._dropped.pop(stream, 0)
+        if dropped:
+            row = row | {"events_dropped": dropped}
+        self._put(blocks.CLOSE, stream, t_ns, _encode(row))
+
+    def telemetry(
+        self, t_ns: int, end_ns: int, source: str, samples: list[tuple[str, str, float]]
+    ) -> None:
+        """Samples (name, labels as JSON, value) of one source, taken between the two instants."""
+        self._put(blocks.TELEMETRY, 0, t_ns, _encode([end_ns, source, samples]))
+
+    def _data(self, kind: int, stream: int, t_ns: int, data: bytes) -> None:
+        if not stream:
+            return
+        if self._over(1):
+            self._dropped[stream] = self._dropped.get(stream, 0) + 1
+            return
+        if len(data) <= blocks.MAX_PAYLOAD_BYTES:
+            self._put(kind, stream, t_ns, data)
+            return
+        for at in range(0, len(data), blocks.MAX_PAYLOAD_BYTES):
+            self._put(kind, stream, t_ns, data[at : at + blocks.MAX_PAYLOAD_BYTES])
+
+    def _put(self, kind: int, stream: int, t_ns: int, payload: bytes) -> None:
+        buffer = self._buffer
+        buffer += _pack(kind, stream, t_ns, len(payload))
+        buffer += payload
+        if len(buffer) >= BLOCK_BYTES:
+            self.flush()
+
+    def _over(self, times: int) -> bool:
+        return self._waiting_bytes > times * MEMORY_BYTES
+
+    def _lose(self, reason: str, n: int = 1) -> None:
+        self.losses[reason] = self.losses.get(reason, 0) + n
+
+    # -- hand-over ------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Send what is buffered; what finds no free slot waits in bounded memory."""
+        if self._buffer:
+            self._waiting.append(self._buffer)
+            self._waiting_bytes += len(self._buffer)
+            self._buffer = bytearray()
+        was_alive = self._sender.alive
+        for note in self._sender.poll():
+            self._heed(json.loads(note))
+        while self._waiting and self._sender.send(self._waiting[0]):
+            self._waiting_bytes -= len(self._waiting.popleft())
+        if was_alive and not self._sender.alive and self._summary is None:
+            self._on_trouble("the writer process died: traffic goes on, nothing more is recorded")
+        if not self._sender.alive:
+            self._waiting.clear()
+            self._waiting_bytes = 0
+
+    def flush_every(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Flush from now on each FLUSH_EVERY_S on this loop, until `finish`."""
+        self.flush()
+        self._timer = loop.call_later(FLUSH_EVERY_S, self.flush_every, loop)
+
+    def _heed(self, note: dict[str, Any]) -> None:
+        if "trouble" in note:
+            self._on_trouble(note["trouble"])
+        if "summary" in note:
+            self._summary = note["summary"]
+
+    def finish(self, facts: dict[str, Any] | None = None) -> Summary:
+        """Hand everything over, wait until it is sealed, add `facts` to tape.json.
+
+        Requests still open become `cut`. When the writer died, its journal is sealed here and what
+        it had not journaled is counted as lost.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline = time.monotonic() + FINISH_TIMEOUT_S
+        while True:
+            self.flush()
+            if not self._waiting or not self._sender.alive or time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
+        self._ask_to_finish(facts or {}, deadline)
+        if self._summary is None:
+            return self._salvage(facts or {})
+        os.close(self._lock_fd)
+        return Summary(**self._summary)
+
+    def _ask_to_finish(self, facts: dict[str, Any], deadline: float) -> None:
+        if self._sender.alive:
+            self._channel.sock.setblocking(True)
+            self._channel.note(json.dumps({"finish": facts, "losses": self.losses}).encode())
+            self._channel.sock.setblocking(False)
+        while self._summary is None and self._sender.alive and time.monotonic() < deadline:
+            for note in self._sender.poll():
+                self._heed(json.loads(note))
+            time.sleep(0.005)
+        if self._summary is None:
+            self._process.kill()
+        self._process.wait()
+
+    def _salvage(self, facts: dict[str, Any]) -> Summary:
+        """The writer is dead: seal its journal, count the rest."""
+        recovered = recover_locked(self.tape)
+        lost = max(self._streams - recovered.rows_on_tape, 0)
+        if lost:
+            self._lose("writer_died", lost)
+        tape = tape_facts.read_facts(self.tape) | facts
+        tape["losses"] = tape["losses"] | {"writer died": self.losses}
+        tape_facts.replace_facts(self.tape, tape)
+        os.close(self._lock_fd)
+        seen = self._streams + self.losses.get("rows_dropped", 0)
+        return Summary(seen, seen - sum(self.losses.values()), recovered.events, self.losses)
+
+    def _wait_ready(self) -> None:
+        self._channel.sock.settimeout(30)
+        try:
+            ready = self._channel.sock.recv(1 << 16)
+        except OSError:
+            ready = b""
+        if not ready:
+            code = self._process.wait()
+            raise TapeError(f"{self.tape}: the writer process did not start (exit {code})")
+
