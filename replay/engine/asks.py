@@ -169,7 +169,7 @@ def _text(message: Message) -> str:
 
 
 def _output_limit(wish: Body, prompt_tokens: int, *, chat: bool, profile: Profile) -> int:
-    """Tokens that the reply may have. Raises RefusedError where the context has no room for them."""
+    """Tokens that the reply may have. Raises RefusedError where the context has too few."""
     context = profile.max_model_tokens
     limit, name = wish.max_completion_tokens, "max_completion_tokens"
     if limit is None:

@@ -99,7 +99,7 @@ class Batch:
         self.prefix_queries = 0  # prompt tokens looked up
         self.prefix_hits = 0  # of these, found
         self._profile = profile
-        self._random = Random(profile.seed)  # noqa: S311
+        self._random = Random(profile.seed)
         self._now_ns = 0
 
     def arrive(self, sequence: Sequence, queued_ns: int) -> None:
@@ -147,13 +147,8 @@ class Batch:
             raise ValueError("no step is under way")
         self.step = None
         self._now_ns = step.end_ns
-        made = []
-        for sequence in step.decode:
-            if not sequence.aborted and self._advance(sequence, 1, step.end_ns):
-                made.append(sequence)
-        for sequence, tokens in step.prefill:
-            if not sequence.aborted and self._advance(sequence, tokens, step.end_ns):
-                made.append(sequence)
+        made = [s for s in step.decode if not s.aborted and self._advance(s, 1, step.end_ns)]
+        made += [s for s, n in step.prefill if not s.aborted and self._advance(s, n, step.end_ns)]
         if any(sequence.finished for sequence in made):
             self.running = [s for s in self.running if not s.finished]
             for sequence in made:

@@ -153,9 +153,9 @@ class Counters:
         labels = f'engine="0",model_name="{model}"'
         lines: list[str] = []
         for name, value, meaning in self._gauges(batch):
-            lines += _head(name, "gauge", meaning) + [f"{name}{{{labels}}} {float(value)}"]
+            lines += [*_head(name, "gauge", meaning), f"{name}{{{labels}}} {float(value)}"]
         for name, value, meaning in self._totals(batch):
-            lines += _head(name, "counter", meaning) + [f"{name}{{{labels}}} {float(value)}"]
+            lines += [*_head(name, "counter", meaning), f"{name}{{{labels}}} {float(value)}"]
         name = "vllm:request_success_total"
         lines += _head(name, "counter", "Requests by how they ended.")
         for reason, count in self.finished.items():

@@ -10,9 +10,7 @@ from collections.abc import Iterable, Sequence
 
 
 class KvBlocks:
-    """`total` blocks, all free. Every block is in exactly one of three states: blank (free, no
-    name), idle (free, named) or held by one or more sequences.
-    """
+    """`total` blocks, each blank (free, no name), idle (free, named) or held by sequences."""
 
     def __init__(self, total: int) -> None:
         self.total = total

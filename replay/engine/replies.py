@@ -28,6 +28,7 @@ class Reply:
     """The wording of one request's reply, stream or whole."""
 
     def __init__(self, ask: Ask, reply_id: str, created_unix_s: int, *, with_metrics: bool) -> None:
+        self.finish_reason = ask.finish_reason
         self._ask = ask
         self._created = created_unix_s
         self._id = f"{'chatcmpl' if ask.chat else 'cmpl'}-{reply_id}"
@@ -61,7 +62,7 @@ class Reply:
         token = sequence.newest_token
         ids = [token] if self._ask.return_token_ids else None
         prompt_ids = self._prompt_ids() if sequence.made == 1 else None
-        reason = self._ask.finish_reason if sequence.finished else None
+        reason = self.finish_reason if sequence.finished else None
         chunk = self._chunk([self._choice(tokenizer.decode([token]), reason, ids, prompt_ids)])
         if self._ask.continuous_usage:
             chunk["usage"] = self._usage(sequence, sequence.made)
@@ -120,7 +121,7 @@ class Reply:
         return choice | {"stop_reason": None, "prompt_token_ids": prompt_ids, "token_ids": ids}
 
     def _whole_choice(self, text: str, ids: list[int] | None) -> Json:
-        end = {"finish_reason": self._ask.finish_reason, "stop_reason": None, "token_ids": ids}
+        end = {"finish_reason": self.finish_reason, "stop_reason": None, "token_ids": ids}
         if not self._ask.chat:
             choice = {"index": 0, "text": text, "logprobs": None} | end
             return choice | {"prompt_logprobs": None, "prompt_token_ids": self._prompt_ids()}
@@ -153,7 +154,7 @@ class Reply:
 
 
 def timing_metrics(sequence: Sequence) -> Json:
-    """vLLM's per-request `metrics` (--enable-per-request-metrics) of a finished sequence.
+    """A finished sequence's `metrics`, as vLLM tells them with --enable-per-request-metrics.
 
     The time to first token runs from admission, not from arrival: the queue is told beside it.
     """

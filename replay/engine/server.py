@@ -24,12 +24,14 @@ from tokentape.replay.engine.profile import Profile
 from tokentape.replay.engine.replies import Reply, error_body
 from tokentape.replay.engine.steps import StepLoop
 from tokentape.replay.engine.streams import EventStream, WholeReply, bare, chunk
+from tokentape.traces.clock import wall_unix_ns
 from tokentape.traces.errors import UsageError
 
 BODY_LIMIT_BYTES = 256 * 1024 * 1024
 BACKLOG = 4096  # connections that may wait to be accepted: a replay opens its pool at once
 # The kernel's own buffer grows to megabytes otherwise, and a slow reader is seen only after it.
 SEND_BUFFER_BYTES = 128 * 1024
+LAST_PORT = 65_535  # getaddrinfo wraps larger ones silently
 SHUTDOWN_S = 0.05  # for replies under way, twice; 0 would wait without end
 STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Server": "tokentape-engine"}
 
@@ -43,7 +45,7 @@ class Routes:
         self.profile = profile
         self.counters = Counters()
         self.steps = StepLoop(profile, self.counters)
-        self._started_unix_s = int(time.time())
+        self._started_unix_s = wall_unix_ns() // 10**9
 
     def application(self) -> web.Application:
         """An application with all routes."""
@@ -101,12 +103,12 @@ class Routes:
         reply = Reply(
             ask,
             uuid.uuid4().hex[:16],
-            int(time.time()),
+            wall_unix_ns() // 10**9,
             with_metrics=self.profile.per_request_metrics,
         )
         if ask.stream:
             return await self._stream(request, ask, reply, arrived_ns)
-        sequence, listener = ask.sequence(arrived_ns), WholeReply(ask.finish_reason)
+        sequence, listener = ask.sequence(arrived_ns), WholeReply(reply)
         self.steps.submit(sequence, listener)
         try:
             await listener.done
@@ -125,24 +127,16 @@ class Routes:
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client left before its reply began")
-        listener = EventStream(
-            reply,
-            ask.finish_reason,
-            transport,
-            chunk if chunked else bare,
-            self.profile.stream_buffer_bytes,
-            self._count_slow_reader,
-        )
+        frame, limit_bytes = chunk if chunked else bare, self.profile.stream_buffer_bytes
+        listener = EventStream(reply, transport, frame, limit_bytes)
         sequence = ask.sequence(arrived_ns)
         self.steps.submit(sequence, listener)
         try:
             await listener.done
         finally:
             self.steps.abort(sequence)
+            self.counters.slow_readers += listener.slow
         return response
-
-    def _count_slow_reader(self) -> None:
-        self.counters.slow_readers += 1
 
 
 @web.middleware
@@ -223,22 +217,23 @@ async def _serve(listen: str, profile: Profile, on_ready: Callable[[str], None])
 def _listening_socket(listen: str) -> socket.socket:
     host, colon, port_text = listen.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port_text.isascii() or not port_text.isdigit():
+    digits = port_text.isascii() and port_text.isdigit()
+    if not colon or not host or not digits or int(port_text) > LAST_PORT:
         raise UsageError(f"{listen!r} is not an address to listen on: give HOST:PORT")
     try:
         found = socket.getaddrinfo(host, int(port_text), type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
         sock = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UsageError(f"cannot listen on {listen}: {error}") from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # inherited
         sock.setblocking(False)
         sock.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         sock.close()
-        busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        busy = error.errno == errno.EADDRINUSE
         reason = "the port is in use; choose another or 0 for any" if busy else error
         raise UsageError(f"cannot listen on {listen}: {reason}") from None
     return sock

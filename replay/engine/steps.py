@@ -31,7 +31,7 @@ class Listener(Protocol):
 
 
 class Alarm:
-    """Calls back once at an absolute instant: a timerfd, or asyncio's timer (late by up to 1 ms)."""
+    """Calls back once at an absolute instant: by timerfd, or by asyncio's timer (1 ms late)."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop

@@ -1,4 +1,4 @@
-"""Who is told of tokens: an event stream that writes each to its socket, or a whole reply that waits.
+"""Who is told of tokens: an event stream that writes each to its socket, or a whole reply.
 
 Stream bytes go straight to the connection's transport, one write for each token, framed as one HTTP
 chunk per event as uvicorn frames vLLM's. A write never waits: what a slow reader leaves unread is
@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from tokentape.replay.engine.batching import Sequence
 from tokentape.replay.engine.replies import WORDS_JSON, Reply
-from tokentape.replay.engine.tokenizer import END_OF_TEXT
 
 
 def chunk(data: bytes) -> bytes:
@@ -24,30 +23,31 @@ def bare(data: bytes) -> bytes:
 
 
 class EventStream:
-    """Writes a reply's events as its tokens come; `done` is set after the last."""
+    """Writes a reply's events as its tokens come; `done` is set after the last.
+
+    `slow` tells that the connection was closed because its reader left too much unread.
+    """
 
     def __init__(
         self,
         reply: Reply,
-        finish_reason: str,
         transport: asyncio.WriteTransport,
         frame: Callable[[bytes], bytes],
         limit_bytes: int,
-        on_slow: Callable[[], None],
     ) -> None:
-        self.finish_reason = finish_reason
+        self.finish_reason = reply.finish_reason
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.slow = False
         self._reply = reply
         self._transport = transport
         self._frame = frame
         self._limit_bytes = limit_bytes
-        self._on_slow = on_slow
         # All words are equally long, so all interior events are, and one frame fits every one.
         self._around: tuple[bytes, bytes] | None = None
         if reply.between is not None:
-            marked = frame(b"\0".join(reply.between).replace(b"\0", WORDS_JSON[0]))
-            start = marked.rindex(WORDS_JSON[0])
-            self._around = marked[:start], marked[start + len(WORDS_JSON[0]) :]
+            marked = frame(WORDS_JSON[0].join(reply.between))
+            head, _, tail = marked.rpartition(WORDS_JSON[0])
+            self._around = head, tail
 
     def on_token(self, sequence: Sequence) -> None:
         """Write the newest token, and before the first or after the last what belongs there."""
@@ -60,7 +60,7 @@ class EventStream:
             data = b"".join(self._frame(event) for event in self._edge_events(sequence))
         self._transport.write(data)
         if self._transport.get_write_buffer_size() > self._limit_bytes:
-            self._on_slow()
+            self.slow = True
             self._transport.abort()
         elif sequence.finished and not self.done.done():
             self.done.set_result(None)
@@ -74,11 +74,11 @@ class EventStream:
 class WholeReply:
     """Waits for the last token; `done` is set then."""
 
-    def __init__(self, finish_reason: str) -> None:
-        self.finish_reason = finish_reason
+    def __init__(self, reply: Reply) -> None:
+        self.finish_reason = reply.finish_reason
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_token(self, sequence: Sequence) -> None:
-        """Count nothing, write nothing, until the end."""
+        """Do nothing until the last token."""
         if sequence.finished and not self.done.done():
             self.done.set_result(None)
