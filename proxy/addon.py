@@ -8,64 +8,70 @@ or from `error`, whichever comes first.
 import platform
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from mitmproxy import ctx, http
 from mitmproxy.connection import Client
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
-from mitmproxy.proxy.layers.tls import TlsData
+from mitmproxy.tls import TlsData
 
 from tokentape.proxy import traps
+from tokentape.traces.recording import Recorder
 
 _STATE = "tokentape"
 _CLIENT_GONE = "Client disconnected."
-Headers = list[tuple[bytes, bytes]]
-
-
-class RecorderLike(Protocol):
-    """The hot side of traces.recording.Recorder."""
-
-    def open(self, t_ns: int, row: dict[str, Any], head: tuple[bytes, bytes, Headers] | None) -> int: ...
-    def request_body(self, stream: int, t_ns: int, data: bytes) -> None: ...
-    def mark(self, stream: int, column: str, t_ns: int) -> None: ...
-    def reply_head(self, stream: int, t_ns: int, status: int, headers: Headers) -> None: ...
-    def reply_data(self, stream: int, t_ns: int, data: bytes) -> None: ...
-    def close(self, stream: int, t_ns: int, row: dict[str, Any]) -> None: ...
 
 
 class SocketStamps:
-    """When bytes of the current request were handed to an upstream socket."""
+    """When one socket was last read, and when bytes of its current request were written.
 
-    __slots__ = ("first_ns", "last_ns", "requests")
+    Read stamps are taken in the transport's callback, before any task wakes. A chunk that is
+    handled after the next read came carries that later stamp: never too early, and then seen as
+    coalesced.
+    """
+
+    __slots__ = ("first_write_ns", "last_write_ns", "read_ns", "requests")
 
     def __init__(self) -> None:
-        self.first_ns = self.last_ns = self.requests = 0
+        self.first_write_ns = self.last_write_ns = self.read_ns = self.requests = 0
 
-    def watch(self, writer: Any) -> None:
+    def watch_reads(self, reader: Any) -> None:
+        """Stamp what the transport feeds an asyncio StreamReader."""
+        feed = reader.feed_data
+
+        def stamped(data: bytes) -> None:
+            self.read_ns = time.monotonic_ns()
+            feed(data)
+
+        reader.feed_data = stamped
+
+    def watch_writes(self, writer: Any) -> None:
         """Stamp every write of an asyncio StreamWriter."""
         write = writer.write
 
         def stamped(data: bytes) -> None:
             now = time.monotonic_ns()
-            if not self.first_ns:
-                self.first_ns = now
-            self.last_ns = now
+            if not self.first_write_ns:
+                self.first_write_ns = now
+            self.last_write_ns = now
             write(data)
 
         writer.write = stamped
 
     def reset(self) -> None:
         """The next write begins another request."""
-        self.first_ns = self.last_ns = 0
+        self.first_write_ns = self.last_write_ns = 0
 
 
 class Exchange:
     """What the add-on keeps of one flow while it runs."""
 
-    __slots__ = ("closed", "deviations", "request_ended", "stream")
+    __slots__ = ("client", "closed", "deviations", "request_ended", "stream", "upstream")
 
-    def __init__(self, stream: int) -> None:
+    def __init__(self, stream: int, client: SocketStamps | None) -> None:
         self.stream = stream
+        self.client = client
+        self.upstream: SocketStamps | None = None
         self.closed = False
         self.request_ended = False
         self.deviations: list[str] = []
@@ -74,12 +80,13 @@ class Exchange:
 class Capture:
     """The add-on. `open_flows` are those in flight, `errors` counts what went wrong in recording."""
 
-    def __init__(self, recorder: RecorderLike, worker: str) -> None:
+    def __init__(self, recorder: Recorder, worker: str) -> None:
         self._recorder = recorder
         self._worker = worker
         self._host = platform.node()
         self._conn_ids: dict[str, int] = {}
         self._conns = 0
+        self._client_stamps: dict[str, SocketStamps] = {}
         self._stamps: dict[str, SocketStamps] = {}
         self.open_flows: dict[str, http.HTTPFlow] = {}
         self.errors = 0
@@ -92,24 +99,28 @@ class Capture:
     # -- connections ----------------------------------------------------------------------------
 
     def client_connected(self, client: Client) -> None:
-        """Number the connection, widen mitmproxy's limit of five upstream connections."""
+        """Number the connection, watch its reads, widen mitmproxy's limit of five upstreams."""
         self._conns += 1
         self._conn_ids[client.id] = self._conns
         handler = _handler(client.id)
         if handler is not None:
             traps.widen_permits(handler)
+            stamps = self._client_stamps[client.id] = SocketStamps()
+            stamps.watch_reads(handler.transports[client].reader)
 
     def client_disconnected(self, client: Client) -> None:
         """Forget the connection's number."""
         self._conn_ids.pop(client.id, None)
+        self._client_stamps.pop(client.id, None)
 
     def server_connected(self, data: ServerConnectionHookData) -> None:
-        """Watch the upstream socket's writes."""
+        """Watch the upstream socket."""
         handler = _handler(data.client.id)
-        if handler is None or (writer := handler.transports[data.server].writer) is None:
+        if handler is None or (io := handler.transports.get(data.server)) is None:
             return
         stamps = self._stamps[data.server.id] = SocketStamps()
-        stamps.watch(writer)
+        stamps.watch_writes(io.writer)
+        stamps.watch_reads(io.reader)
 
     def tls_established_server(self, data: TlsData) -> None:
         """The handshake's writes are not the request's."""
@@ -124,18 +135,19 @@ class Capture:
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """The head is complete: this is the arrival."""
-        now = time.monotonic_ns()
+        client = self._client_stamps.get(flow.client_conn.id)
+        now = client.read_ns if client else time.monotonic_ns()
         request = flow.request
         row = {
             "arrival_ns": now,
-            "arrival_clock": "coroutine",
+            "arrival_clock": "callback" if client else "coroutine",
             "host": self._host,
             "worker": self._worker,
             "conn_id": self._conn_ids.get(flow.client_conn.id),
             "attempt": 1,
         }
         head = (request.data.method, request.data.path, list(request.headers.fields))
-        exchange = Exchange(self._recorder.open(now, row, head))
+        exchange = Exchange(self._recorder.open(now, row, head), client)
         flow.metadata[_STATE] = exchange
         self.open_flows[flow.id] = flow
         if request.headers.get("expect", "").lower() == "100-continue":
@@ -146,20 +158,20 @@ class Capture:
     def request(self, flow: http.HTTPFlow) -> None:
         """The request is complete; streamed ones were stamped by their callable."""
         if (exchange := flow.metadata.get(_STATE)) is not None:
-            self._end_request(exchange, time.monotonic_ns())
+            self._end_request(exchange)
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """The reply's head is here: stamp what was sent before it, stream what follows."""
-        now = time.monotonic_ns()
         exchange = flow.metadata.get(_STATE)
         assert flow.response is not None
         if exchange is None:
             return
         exchange.deviations += self._noted
         self._noted.clear()
-        stamps = self._stamps.get(flow.server_conn.id)
-        if stamps is not None and stamps.first_ns:
-            self._recorder.mark(exchange.stream, "send_ns", stamps.first_ns)
+        stamps = exchange.upstream = self._stamps.get(flow.server_conn.id)
+        if stamps is not None and stamps.first_write_ns:
+            self._recorder.mark(exchange.stream, "send_ns", stamps.first_write_ns)
+        now = stamps.read_ns if stamps else time.monotonic_ns()
         fields = list(flow.response.headers.fields)
         self._recorder.reply_head(exchange.stream, now, flow.response.status_code, fields)
         if flow.response.status_code != 101:
@@ -192,11 +204,10 @@ class Capture:
 
         def piece(data: bytes) -> bytes:
             try:
-                now = time.monotonic_ns()
                 if data:
-                    recorder.request_body(exchange.stream, now, data)
+                    recorder.request_body(exchange.stream, _read_ns(exchange.client), data)
                 else:
-                    self._end_request(exchange, now)
+                    self._end_request(exchange)
             except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
                 self.errors += 1
             return data
@@ -204,25 +215,24 @@ class Capture:
         return piece
 
     def _reply_callable(self, exchange: Exchange) -> Callable[[bytes], bytes]:
-        record, stream, clock = self._recorder.reply_data, exchange.stream, time.monotonic_ns
+        record, stream, upstream = self._recorder.reply_data, exchange.stream, exchange.upstream
 
         def piece(data: bytes) -> bytes:
             try:
                 if data:
-                    record(stream, clock(), data)
+                    record(stream, _read_ns(upstream), data)
             except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
                 self.errors += 1
             return data
 
         return piece
 
-    def _end_request(self, exchange: Exchange, now: int) -> None:
+    def _end_request(self, exchange: Exchange) -> None:
         if not exchange.request_ended:
             exchange.request_ended = True
-            self._recorder.mark(exchange.stream, "request_end_ns", now)
+            self._recorder.mark(exchange.stream, "request_end_ns", _read_ns(exchange.client))
 
     def _close(self, flow: http.HTTPFlow, outcome: str, columns: dict[str, Any]) -> None:
-        now = time.monotonic_ns()
         self.open_flows.pop(flow.id, None)
         exchange = flow.metadata.get(_STATE)
         if exchange is None or exchange.closed:
@@ -233,7 +243,10 @@ class Capture:
             self._noted.clear()
         columns["outcome"] = outcome
         columns["deviations"] = exchange.deviations or None
-        columns["send_clock"] = columns["event_clock"] = "coroutine"
+        columns["send_clock"] = "callback"
+        columns["event_clock"] = "callback" if exchange.upstream else "coroutine"
+        # a whole reply ended with its last read; whatever broke off ends when we are told
+        now = _read_ns(exchange.upstream) if outcome == "ok" else time.monotonic_ns()
         columns |= self._path_columns(flow)
         self._recorder.close(exchange.stream, now, columns)
 
@@ -244,8 +257,8 @@ class Capture:
         if stamps is None:
             return {}
         columns: dict[str, Any] = {"upstream_reused": stamps.requests > 0}
-        if stamps.first_ns:
-            columns |= {"send_ns": stamps.first_ns, "send_end_ns": stamps.last_ns}
+        if stamps.first_write_ns:
+            columns |= {"send_ns": stamps.first_write_ns, "send_end_ns": stamps.last_write_ns}
         if stamps.requests == 0 and conn.timestamp_start and conn.timestamp_tcp_setup:
             columns["connect_ns"] = int((conn.timestamp_tcp_setup - conn.timestamp_start) * 1e9)
             if conn.timestamp_tls_setup:
@@ -256,11 +269,16 @@ class Capture:
         return columns
 
 
+def _read_ns(stamps: SocketStamps | None) -> int:
+    """The socket's last read, or now where the socket is not watched."""
+    return stamps.read_ns if stamps else time.monotonic_ns()
+
+
 def _has_body(request: http.Request) -> bool:
     """Whether to stream the request: a body is announced, and it is not empty."""
     if "transfer-encoding" in request.headers:
         return True
-    return request.headers.get("content-length", "0") != "0"
+    return bool(request.headers.get("content-length", "0") != "0")
 
 
 def _handler(client_id: str) -> Any:

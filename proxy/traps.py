@@ -19,7 +19,7 @@ Note = Callable[[str], None]
 _PERMITS = 1 << 20  # parallel upstream connections per client and address; stock: 5
 
 
-class LaxChunkedReader(ChunkedReader):  # type: ignore[misc]
+class LaxChunkedReader(ChunkedReader):
     """Drops HTTP/1.1 trailers, on which stock mitmproxy crashes and hangs the client."""
 
     note: Note = staticmethod(lambda _: None)
@@ -63,7 +63,7 @@ def _accept_trailers(note: Note) -> None:
         return LaxChunkedReader() if expected_size is None else make(expected_size)
 
     make_body_reader.lax = True  # type: ignore[attr-defined]
-    _http1.make_body_reader = make_body_reader  # type: ignore[assignment]
+    _http1.make_body_reader = make_body_reader
 
 
 _interim_note: list[Note] = []

@@ -76,9 +76,7 @@ def test_rows_come_back_as_they_were_written_and_missing_ones_are_null(tmp_path:
 
 
 def test_a_row_with_an_unknown_column_is_refused(tmp_path: Path) -> None:
-    writer = TapeWriter.create(
-        tmp_path / "a.tape", role="import", command=[], options={}, facts={}
-    )
+    writer = TapeWriter.create(tmp_path / "a.tape", role="import", command=[], options={}, facts={})
     writer.append(streamed_row(surprise=1))
     with pytest.raises(KeyError, match="surprise"):
         writer.seal()
@@ -187,4 +185,9 @@ def test_tape_json_is_whole_after_every_replacement(tmp_path: Path) -> None:
     for n in range(20):
         tape_facts.replace_facts(tape, facts | {"note": "x" * n * 1000})
         assert len(json.loads((tape / "tape.json").read_text())["note"]) == n * 1000
-    assert sorted(p.name for p in tape.iterdir()) == ["journal", "requests", "tape.json", "telemetry"]
+    assert sorted(p.name for p in tape.iterdir()) == [
+        "journal",
+        "requests",
+        "tape.json",
+        "telemetry",
+    ]

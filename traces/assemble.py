@@ -42,7 +42,17 @@ class Sink(Protocol):
 class OpenRequest:
     """What is known of one request while it runs; times are monotonic ns until the row is made."""
 
-    __slots__ = ("body", "body_bytes", "dropped", "journaled", "last_ns", "parser", "read", "reply_bytes", "row")
+    __slots__ = (
+        "body",
+        "body_bytes",
+        "dropped",
+        "journaled",
+        "last_ns",
+        "parser",
+        "read",
+        "reply_bytes",
+        "row",
+    )
 
     def __init__(self, row: dict[str, Any]) -> None:
         self.row = row
@@ -121,7 +131,9 @@ class Assembler:
             if lower in CREDENTIALS:
                 columns["tenant_digest"] = self._privacy.digest(value, "tenant")
             elif lower == b"traceparent":
-                columns["trace_id"] = value.split(b"-")[1].decode("latin-1") if value.count(b"-") == 3 else None
+                columns["trace_id"] = (
+                    value.split(b"-")[1].decode("latin-1") if value.count(b"-") == 3 else None
+                )
         return columns
 
     def _request_body(self, request: OpenRequest, data: bytes) -> None:
@@ -131,6 +143,7 @@ class Assembler:
 
     def _mark(self, stream: int, request: OpenRequest, t_ns: int, column: str) -> None:
         request.row[column] = t_ns
+        self._sink.learned(stream, self._visible({column: t_ns}))
         if column == "request_end_ns":
             self._read_request(stream, request)
 
@@ -144,17 +157,21 @@ class Assembler:
             facts = read_request(request.row["endpoint"], body)
             columns |= facts.columns | self._privacy.blocks(facts.prompt)
         request.row.update(columns)
-        self._sink.learned(stream, self._visible(columns | {k: v for k, v in request.row.items() if k in INSTANTS}))
+        self._sink.learned(stream, self._visible(columns))
 
     def _reply_head(self, stream: int, request: OpenRequest, t_ns: int, payload: bytes) -> None:
         status, headers = _decode(payload)
         self._read_request(stream, request)
         found = {name.lower(): value.decode("latin-1") for name, value in headers}
-        row = request.row
-        row["response_headers_ns"] = t_ns
-        row["http_status"] = status
         encoding = found.get(b"content-encoding")
-        row["content_encoding"] = encoding
+        columns = {
+            "response_headers_ns": t_ns,
+            "http_status": status,
+            "content_encoding": encoding,
+        }
+        row = request.row
+        row.update(columns)
+        self._sink.learned(stream, self._visible(columns))
         request.parser = reply_parser(
             row.get("wire_format") or "unknown",
             bool(row.get("stream")),
@@ -193,7 +210,9 @@ class Assembler:
     def _telemetry(self, t_ns: int, payload: bytes) -> None:
         end_ns, source, samples = _decode(payload)
         begin, end = self._clock.tape_ns(t_ns), self._clock.tape_ns(end_ns)
-        self._sink.sampled([(begin, end, source, name, labels, value) for name, labels, value in samples])
+        self._sink.sampled(
+            [(begin, end, source, name, labels, value) for name, labels, value in samples]
+        )
 
     def cut(self, t_ns: int) -> int:
         """Close every open request as `cut`; the number of them."""
@@ -264,7 +283,9 @@ def _merge_reply(row: dict[str, Any], reply: Reply) -> None:
         row["first_content_ns"] = reply.first_content_ns
         row["first_answer_ns"] = reply.first_answer_ns
         row["last_content_ns"] = reply.last_content_ns
-        stream_columns(row, reply.t_ns, reply.ntok, reply.cls, reply.choice, reply.aux_t_ns, reply.aux_cls)
+        stream_columns(
+            row, reply.t_ns, reply.ntok, reply.cls, reply.choice, reply.aux_t_ns, reply.aux_cls
+        )
 
 
 def stream_columns(

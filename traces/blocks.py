@@ -34,6 +34,11 @@ class Channel:
         """Send a control message; the receiver gets the same bytes. Raises OSError when it is gone."""
         self.sock.send(bytes([_NOTE]) + message)
 
+    def close(self) -> None:
+        """Let go of the socket and the memory; the writer sees the end of file."""
+        self.sock.close()
+        self.memory.close()
+
 
 def channel_pair() -> tuple[Channel, socket.socket, int]:
     """(the hot side's channel, the writer's socket, the memory's descriptor)."""

@@ -17,7 +17,14 @@ from tokentape.traces.reader import Tape
 from tokentape.traces.schema import CLOCKS, OUTCOMES, REQUESTS
 
 # Instants of one row in the order in which they can happen; a later one may not precede an earlier.
-IN_ORDER = ("arrival_ns", "send_ns", "response_headers_ns", "first_content_ns", "last_content_ns", "end_ns")
+IN_ORDER = (
+    "arrival_ns",
+    "send_ns",
+    "response_headers_ns",
+    "first_content_ns",
+    "last_content_ns",
+    "end_ns",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,11 @@ def _missing(tape: Tape) -> list[Finding]:
     seen = sum(tape.facts.get("seen", {}).values())
     unexplained = seen - tape.rows - sum(tape.losses.values())
     if tape.facts.get("seen") and unexplained > tape.unsealed_rows + tape.open_rows:
-        found.append(Finding("error", where, "requests seen but neither written nor counted as lost", unexplained))
+        found.append(
+            Finding(
+                "error", where, "requests seen but neither written nor counted as lost", unexplained
+            )
+        )
     return found
 
 
@@ -70,7 +81,11 @@ def segment_problems(table: pa.Table) -> list[tuple[str, int]]:
     problems += _order_problems(table)
     problems += _list_problems(table)
     for name, known in (("outcome", OUTCOMES), ("event_clock", CLOCKS), ("arrival_clock", CLOCKS)):
-        column = table[name].drop_null() if name in table.schema.names else pa.chunked_array([[]], pa.string())
+        column = (
+            table[name].drop_null()
+            if name in table.schema.names
+            else pa.chunked_array([[]], pa.string())
+        )
         odd = pc.sum(pc.invert(pc.is_in(column, pa.array(known)))).as_py() or 0
         problems.append((f"{name} is none of {', '.join(known)}", odd))
     return [(what, n) for what, n in problems if n]
@@ -89,11 +104,20 @@ def _list_problems(table: pa.Table) -> list[tuple[str, int]]:
     lists = {n: table[n].combine_chunks() for n in ("off_us", "ntok", "cls", "choice")}
     sizes = {n: _sizes(a) for n, a in lists.items()}
     problems = [
-        (f"{n} and off_us differ in length", int(np.count_nonzero((sizes[n] >= 0) & (sizes[n] != sizes["off_us"]))))
+        (
+            f"{n} and off_us differ in length",
+            int(np.count_nonzero((sizes[n] >= 0) & (sizes[n] != sizes["off_us"]))),
+        )
         for n in ("ntok", "cls", "choice")
     ]
     problems.append(("off_us decreases", _decreasing_rows(lists["off_us"])))
-    return [*problems, ("the sum of ntok is not output_tokens and ntok_source gives no reason", _token_mismatches(table, lists["ntok"]))]
+    return [
+        *problems,
+        (
+            "the sum of ntok is not output_tokens and ntok_source gives no reason",
+            _token_mismatches(table, lists["ntok"]),
+        ),
+    ]
 
 
 def _sizes(column: Any) -> Any:
@@ -116,7 +140,12 @@ def _token_mismatches(table: pa.Table, ntok: Any) -> int:
     stated = pc.fill_null(table["output_tokens"], -1).to_numpy().astype(np.int64)
     ok = pc.fill_null(pc.equal(table["outcome"], "ok"), False).to_numpy(zero_copy_only=False)
     spread = pc.fill_null(
-        pc.is_in(table["ntok_source"], pa.array(["token_ids", "usage_cumulative", "usage_spread", "one_per_event"])),
+        pc.is_in(
+            table["ntok_source"],
+            pa.array(["token_ids", "usage_cumulative", "usage_spread", "one_per_event"]),
+        ),
         False,
     ).to_numpy(zero_copy_only=False)
-    return int(np.count_nonzero(ok & spread & (_sizes(ntok) >= 0) & (stated >= 0) & (sums != stated)))
+    return int(
+        np.count_nonzero(ok & spread & (_sizes(ntok) >= 0) & (stated >= 0) & (sums != stated))
+    )

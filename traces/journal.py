@@ -39,6 +39,7 @@ class Journal:
         self._incarnation = incarnation
         self._clock = clock
         self._number = 0
+        self._buffer = bytearray()
         self._fd = self._create(self._path(0))
         self._begin()
 
@@ -109,7 +110,9 @@ def pack_row(row: dict[str, Any]) -> dict[str, Any]:
     for name, code in LISTS.items():
         value = packed.get(name)
         if value is not None:
-            packed[name] = bytes(value) if code == "B" else np.asarray(value, _DTYPES[code]).tobytes()
+            packed[name] = (
+                bytes(value) if code == "B" else np.asarray(value, _DTYPES[code]).tobytes()
+            )
     return packed
 
 

@@ -132,9 +132,15 @@ def open_tapes(pattern: str | Path, *, skip_damaged: bool = False) -> list[Tape]
 def _footer(file: Path) -> Segment:
     parquet = pq.read_metadata(file)
     raw = parquet.metadata or {}
-    metadata = {k.removeprefix(_PREFIX).decode(): v.decode() for k, v in raw.items() if k.startswith(_PREFIX)}
+    metadata = {
+        k.removeprefix(_PREFIX).decode(): v.decode()
+        for k, v in raw.items()
+        if k.startswith(_PREFIX)
+    }
     if "rows" not in metadata or int(metadata["rows"]) != parquet.num_rows:
-        raise ValueError(f"{parquet.num_rows} rows, its footer says {metadata.get('rows', 'nothing')}")
+        raise ValueError(
+            f"{parquet.num_rows} rows, its footer says {metadata.get('rows', 'nothing')}"
+        )
     return Segment(file, parquet.num_rows, int(metadata.get("events", 0)), metadata)
 
 

@@ -25,7 +25,9 @@ from tokentape.traces.recover import recover_locked
 
 BLOCK_BYTES = 256 << 10  # a fuller buffer becomes a block at once
 FLUSH_EVERY_S = 0.1
-MEMORY_BYTES = 64 << 20  # waiting for a stalled writer: beyond it detail is dropped, beyond twice rows
+MEMORY_BYTES = (
+    64 << 20
+)  # waiting for a stalled writer: beyond it detail is dropped, beyond twice rows
 FINISH_TIMEOUT_S = 120.0
 _encode = msgspec.msgpack.Encoder().encode
 _pack = blocks.RECORD.pack
@@ -241,10 +243,11 @@ class Recorder:
                 break
             time.sleep(0.005)
         self._ask_to_finish(facts or {}, deadline)
-        if self._summary is None:
-            return self._salvage(facts or {})
-        os.close(self._lock_fd)
-        return Summary(**self._summary)
+        self._channel.close()
+        try:
+            return Summary(**self._summary) if self._summary else self._salvage(facts or {})
+        finally:
+            os.close(self._lock_fd)
 
     def _ask_to_finish(self, facts: dict[str, Any], deadline: float) -> None:
         if self._sender.alive:
@@ -268,7 +271,6 @@ class Recorder:
         tape = tape_facts.read_facts(self.tape) | facts
         tape["losses"] = tape["losses"] | {"writer died": self.losses}
         tape_facts.replace_facts(self.tape, tape)
-        os.close(self._lock_fd)
         seen = self._streams + self.losses.get("rows_dropped", 0)
         return Summary(seen, seen - sum(self.losses.values()), recovered.events, self.losses)
 
@@ -281,4 +283,3 @@ class Recorder:
         if not ready:
             code = self._process.wait()
             raise TapeError(f"{self.tape}: the writer process did not start (exit {code})")
-

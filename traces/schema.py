@@ -70,13 +70,23 @@ NS = "ns since epoch"
 
 def _columns() -> Iterable[Column]:
     def c(
-        name: str, type_: pa.DataType, meaning: str, unit: str = "", mode: Mode = "none", otel: str = ""
+        name: str,
+        type_: pa.DataType,
+        meaning: str,
+        unit: str = "",
+        mode: Mode = "none",
+        otel: str = "",
     ) -> Column:
         return Column(group, name, type_, meaning, unit, mode, otel)
 
     group = "identity"
     yield c("request_id", uuid_t, "this attempt: 128 bit, time-ordered, unique across hosts")
-    yield c("session_id", text, "conversation or agent; a keyed digest in a capture", otel="gen_ai.conversation.id")
+    yield c(
+        "session_id",
+        text,
+        "conversation or agent; a keyed digest in a capture",
+        otel="gen_ai.conversation.id",
+    )
     yield c("session_source", text, "how the session was found: header, body, prefix, trace, plan")
     yield c("turn_index", i32, "position in the session, from 0")
     yield c("parents", pa.list_(uuid_t), "requests that had to end before this one was offered")
@@ -84,11 +94,15 @@ def _columns() -> Iterable[Column]:
     yield c("retry_of", uuid_t, "the attempt that this one repeats")
     yield c("trace_id", text, "W3C trace id of the client's traceparent header", mode="structure")
     yield c("tenant_digest", text, "keyed digest of the caller's credential; never the credential")
-    yield c("source_request_id", uuid_t, "the request of the replayed tape; pairs runs with copy_index")
+    yield c(
+        "source_request_id", uuid_t, "the request of the replayed tape; pairs runs with copy_index"
+    )
     yield c("copy_index", i16, "which copy of the source request, from 0")
 
     group = "what"
-    yield c("operation", text, "chat, text_completion, embeddings, ...", otel="gen_ai.operation.name")
+    yield c(
+        "operation", text, "chat, text_completion, embeddings, ...", otel="gen_ai.operation.name"
+    )
     yield c("wire_format", text, "dialect: openai.chat, openai.completions, unknown, ...")
     yield c("endpoint", text, "request path without its query")
     yield c("stream", flag, "the reply was asked for as a stream", otel="gen_ai.request.stream")
@@ -113,12 +127,19 @@ def _columns() -> Iterable[Column]:
     yield c("message_count", i32, "messages in the prompt")
     yield c("image_count", i16, "images in the prompt")
     yield c("audio_count", i16, "audio parts in the prompt")
-    yield c("extra", text, "JSON: other allow-listed scalars; anything else as size and keyed digest", mode="structure")
+    yield c(
+        "extra",
+        text,
+        "JSON: other allow-listed scalars; anything else as size and keyed digest",
+        mode="structure",
+    )
 
     group = "path"
     yield c("host", text, "host that recorded the row")
     yield c("worker", text, "worker slot that recorded the row")
-    yield c("conn_id", i64, "client connection (capture) or own connection (replay), within the worker")
+    yield c(
+        "conn_id", i64, "client connection (capture) or own connection (replay), within the worker"
+    )
     yield c("upstream_reused", flag, "the upstream connection had carried a request before")
     yield c("connect_ns", i64, "time to open the upstream connection; NULL when reused", "ns")
     yield c("tls_ns", i64, "time of the upstream TLS handshake", "ns")
@@ -127,11 +148,20 @@ def _columns() -> Iterable[Column]:
     yield c("content_encoding", text, "content-encoding of the reply body")
     yield c("prompt_bytes", i64, "request body", "bytes")
     yield c("response_bytes", i64, "reply body, without transfer framing", "bytes")
-    yield c("deviations", pa.list_(text), "where the proxy could not be transparent: interim, trailers, ...")
+    yield c(
+        "deviations",
+        pa.list_(text),
+        "where the proxy could not be transparent: interim, trailers, ...",
+    )
 
     group = "time"
     yield c("scheduled_ns", i64, "when the plan alone wanted the request sent (replay, import)", NS)
-    yield c("arrival_ns", i64, "when the request was offered: head complete at the proxy, or due in a replay", NS)
+    yield c(
+        "arrival_ns",
+        i64,
+        "when the request was offered: head complete at the proxy, or due in a replay",
+        NS,
+    )
     yield c("late_cause", text, "why a replay sent late: predecessor, scheduler, connection, write")
     yield c("request_end_ns", i64, "last byte of the client's request received", NS)
     yield c("armed_ns", i64, "request built and holding a connection, ready to be released", NS)
@@ -146,44 +176,114 @@ def _columns() -> Iterable[Column]:
     yield c("last_content_ns", i64, "last event", NS)
     yield c("end_ns", i64, "end of the reply, or of the attempt", NS)
     yield c("think_ns", i64, "arrival minus the last parent's end; negative means parallel", "ns")
-    yield c("early_reply", flag, "the reply began before the request was sent: from-send times use send_ns")
+    yield c(
+        "early_reply",
+        flag,
+        "the reply began before the request was sent: from-send times use send_ns",
+    )
 
     group = "stream"
-    yield c("off_us", pa.list_(u32), "arrival of each event after send_ns, non-decreasing; cast before subtracting", "us")
-    yield c("ntok", pa.list_(pa.uint16()), "tokens of each event; the sum is output_tokens", "tokens")
-    yield c("cls", pa.list_(pa.uint8()), "class of each event: 0 text, 1 reasoning, 2 tool, 3 empty")
+    yield c(
+        "off_us",
+        pa.list_(u32),
+        "arrival of each event after send_ns, non-decreasing; cast before subtracting",
+        "us",
+    )
+    yield c(
+        "ntok", pa.list_(pa.uint16()), "tokens of each event; the sum is output_tokens", "tokens"
+    )
+    yield c(
+        "cls", pa.list_(pa.uint8()), "class of each event: 0 text, 1 reasoning, 2 tool, 3 empty"
+    )
     yield c("choice", pa.list_(pa.uint8()), "choice of each event; NULL when there is one")
     yield c("aux_off_us", pa.list_(u32), "arrival of each other message after send_ns", "us")
-    yield c("aux_cls", pa.list_(pa.uint8()), "0 role, 1 usage, 2 finish, 3 done, 4 ping, 5 error, 6 other")
+    yield c(
+        "aux_cls",
+        pa.list_(pa.uint8()),
+        "0 role, 1 usage, 2 finish, 3 done, 4 ping, 5 error, 6 other",
+    )
 
     group = "tokens"
-    yield c("input_tokens", i32, "prompt tokens, cached ones included", "tokens", otel="gen_ai.usage.input_tokens")
-    yield c("cached_tokens", i32, "prompt tokens read from a cache", "tokens", otel="gen_ai.usage.cache_read.input_tokens")
-    yield c("cache_write_tokens", i32, "prompt tokens written to a cache", "tokens", otel="gen_ai.usage.cache_creation.input_tokens")
-    yield c("output_tokens", i32, "tokens generated, reasoning included", "tokens", otel="gen_ai.usage.output_tokens")
-    yield c("reasoning_tokens", i32, "tokens of reasoning", "tokens", otel="gen_ai.usage.reasoning.output_tokens")
+    yield c(
+        "input_tokens",
+        i32,
+        "prompt tokens, cached ones included",
+        "tokens",
+        otel="gen_ai.usage.input_tokens",
+    )
+    yield c(
+        "cached_tokens",
+        i32,
+        "prompt tokens read from a cache",
+        "tokens",
+        otel="gen_ai.usage.cache_read.input_tokens",
+    )
+    yield c(
+        "cache_write_tokens",
+        i32,
+        "prompt tokens written to a cache",
+        "tokens",
+        otel="gen_ai.usage.cache_creation.input_tokens",
+    )
+    yield c(
+        "output_tokens",
+        i32,
+        "tokens generated, reasoning included",
+        "tokens",
+        otel="gen_ai.usage.output_tokens",
+    )
+    yield c(
+        "reasoning_tokens",
+        i32,
+        "tokens of reasoning",
+        "tokens",
+        otel="gen_ai.usage.reasoning.output_tokens",
+    )
     yield c("input_tokens_source", text, "usage, token_ids, trace, estimate")
     yield c("cached_tokens_source", text, "as input_tokens_source")
     yield c("cache_write_tokens_source", text, "as input_tokens_source")
     yield c("output_tokens_source", text, "usage, token_ids, events, trace")
     yield c("reasoning_tokens_source", text, "as output_tokens_source")
-    yield c("ntok_source", text, "token_ids, usage_cumulative, usage_spread, one_per_event, or why the sum differs")
+    yield c(
+        "ntok_source",
+        text,
+        "token_ids, usage_cumulative, usage_spread, one_per_event, or why the sum differs",
+    )
     yield c("usage_raw", text, "the server's usage object, JSON of numbers")
     yield c("planned_input_tokens", i32, "prompt tokens that a replay set out to send", "tokens")
     yield c("planned_output_tokens", i32, "output tokens that a replay asked for", "tokens")
     yield c("block_tokens", i32, "size of a prefix block, in block_unit", "block_unit")
     yield c("block_unit", text, "token or byte; byte blocks are approximate")
-    yield c("block_scope", text, "where equal hashes mean equal prefixes: tape, key, trace, session")
-    yield c("block_hashes", pa.list_(i64), "keyed hash of the prompt up to the end of each full block", mode="structure")
+    yield c(
+        "block_scope", text, "where equal hashes mean equal prefixes: tape, key, trace, session"
+    )
+    yield c(
+        "block_hashes",
+        pa.list_(i64),
+        "keyed hash of the prompt up to the end of each full block",
+        mode="structure",
+    )
     yield c("prefix_partial", i32, "units left after the last full block", "block_unit")
 
     group = "end"
-    yield c("outcome", text, "ok, http_error, stream_error, client_abort, upstream_abort, timeout, connect_error, cut")
+    yield c(
+        "outcome",
+        text,
+        "ok, http_error, stream_error, client_abort, upstream_abort, timeout, connect_error, cut",
+    )
     yield c("origin", text, "who answered: upstream or proxy")
-    yield c("finish_reason", pa.list_(text), "one per choice", otel="gen_ai.response.finish_reasons")
+    yield c(
+        "finish_reason", pa.list_(text), "one per choice", otel="gen_ai.response.finish_reasons"
+    )
     yield c("error_type", text, "class of the error, never its text", otel="error.type")
     yield c("parse_status", text, "ok, partial, truncated, encoded, unknown_format, error")
-    yield c("response_id", text, "id that the server gave the reply", mode="structure", otel="gen_ai.response.id")
+    yield c(
+        "response_id",
+        text,
+        "id that the server gave the reply",
+        mode="structure",
+        otel="gen_ai.response.id",
+    )
 
     group = "server truth"
     yield c("server_queue_ns", i64, "queueing as the server reported it", "ns")
@@ -196,10 +296,18 @@ def _columns() -> Iterable[Column]:
     yield c("send_clock", text, "as arrival_clock")
     yield c("event_clock", text, "as arrival_clock; worst in the row")
     yield c("lag_max_us", i32, "longest kernel-to-user delay of a read in this row", "us")
-    yield c("coalesced_reads", i32, "socket reads that held more than one event: all but the last have an upper bound")
+    yield c(
+        "coalesced_reads",
+        i32,
+        "socket reads that held more than one event: all but the last have an upper bound",
+    )
     yield c("clamped_events", i32, "stamps lowered to their neighbour because they ran backwards")
     yield c("events_dropped", i32, "events seen but not kept")
-    yield c("events_overflowed", i32, "events later than 71.6 minutes after send_ns, which off_us cannot hold")
+    yield c(
+        "events_overflowed",
+        i32,
+        "events later than 71.6 minutes after send_ns, which off_us cannot hold",
+    )
     yield c("backpressure_ns", i64, "time that a slow client stopped upstream reads", "ns")
     yield c("sample_prob", f32, "probability with which the row was kept; weight is its inverse")
     yield c("sample_reason", text, "session, error, slow")
@@ -211,7 +319,9 @@ INSTANTS: frozenset[str] = frozenset(c.name for c in COLUMNS if c.instant)
 
 
 def _field(c: Column) -> pa.Field:
-    meta = {"unit": c.unit, "meaning": c.meaning, "mode": c.mode} | ({"otel": c.otel} if c.otel else {})
+    meta = {"unit": c.unit, "meaning": c.meaning, "mode": c.mode} | (
+        {"otel": c.otel} if c.otel else {}
+    )
     return pa.field(c.name, c.type, metadata=meta)
 
 

@@ -21,7 +21,9 @@ from tokentape.traces.columns import requests_table, telemetry_table
 from tokentape.traces.identity import incarnation
 from tokentape.traces.schema import FORMAT_VERSION, REQUESTS, TELEMETRY
 
-ROW_GROUP_ROWS = 4_000  # about 1 M events: the size that DuckDB reads fastest, see docs/performance.md
+ROW_GROUP_ROWS = (
+    4_000  # about 1 M events: the size that DuckDB reads fastest, see docs/performance.md
+)
 SEAL_BYTES = 64 << 20  # a guess of the rows' size in memory that closes a segment
 ZSTD_LEVEL = 3
 TRACE_CLOCK: dict[str, Any] = {"clock_id": "trace", "anchors": []}  # an import's clock is its trace
@@ -154,7 +156,9 @@ class TapeWriter:
         n_events = int(pc.sum(pc.list_value_length(table["off_us"])).as_py() or 0)
         now = datetime.fromtimestamp(wall_unix_ns() / 1e9, tz=UTC)
         folder = self.tape / "requests" / f"date={now:%Y-%m-%d}" / f"hour={now:%H}"
-        self._write(folder, table, _ENCODING, _DICTIONARY, {"rows": table.num_rows, "events": n_events})
+        self._write(
+            folder, table, _ENCODING, _DICTIONARY, {"rows": table.num_rows, "events": n_events}
+        )
         self.rows_written += table.num_rows
         self.events_written += n_events
         self.segments_sealed += 1
@@ -189,7 +193,7 @@ class TapeWriter:
             ) as writer:
                 writer.write_table(table.replace_schema_metadata(footer), ROW_GROUP_ROWS)
             with temporary.open("rb") as written:
-                        os.fsync(written.fileno())
+                os.fsync(written.fileno())
             temporary.rename(final)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -213,4 +217,3 @@ class TapeWriter:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-

@@ -115,7 +115,9 @@ class TapeSink:
             self._try_again_at = time.monotonic() + RETRY_EVERY_S
             if not self._complained:
                 self._complained = True
-                tell(self._channel, trouble=f"{self.writer.tape}: {error.strerror}; traffic goes on")
+                tell(
+                    self._channel, trouble=f"{self.writer.tape}: {error.strerror}; traffic goes on"
+                )
             return False
         self._complained = False
         return True

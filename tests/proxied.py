@@ -1,0 +1,145 @@
+"""A capture in a process of its own, and raw sockets around it, for tests."""
+
+import contextlib
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokentape.traces.reader import open_tape
+
+
+@dataclass
+class Proxied:
+    """A running `tokentape capture`; `stop` ends it and gives what it said."""
+
+    process: subprocess.Popen[str]
+    host: str
+    port: int
+    tape: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def stop(self, number: int = signal.SIGTERM) -> str:
+        """Its stderr after it has sealed the tape; asserts that it ended well."""
+        self.process.send_signal(number)
+        _, said = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, said
+        return said
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the stopped capture, in order of arrival."""
+        return list(open_tape(self.tape).read().to_pylist())
+
+
+@contextlib.contextmanager
+def capturing(upstream: str, tape: Path, *options: str) -> Iterator[Proxied]:
+    """`tokentape capture` in front of `upstream`, listening on a free port."""
+    command = [sys.executable, "-m", "tokentape", "capture", "--upstream", upstream]
+    command += ["--tape", str(tape), "--listen", "127.0.0.1:0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        heard = []
+        while "http://" not in (line := process.stderr.readline()).replace(upstream, ""):
+            heard.append(line)
+            assert line, "".join(heard)
+        address = line.replace(upstream, "").split("http://", 1)[1].split()[0].rstrip("/,;")
+        host, _, port = address.rpartition(":")
+        yield Proxied(process, host, int(port), tape)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+Script = Callable[[socket.socket, bytes], None]
+
+
+@contextlib.contextmanager
+def scripted(script: Script) -> Iterator[str]:
+    """A server that calls `script(connection, request)` for each whole request it reads."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                while request := read_request(self.request):
+                    script(self.request, request)
+
+    class Server(socketserver.ThreadingTCPServer):
+        allow_reuse_address = True
+        daemon_threads = True
+        request_queue_size = 128
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield "http://{}:{}".format(*server.server_address[:2])
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """One request, head and Content-Length body; empty at the end of the connection."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = connection.recv(65536)
+        if not piece:
+            return b""
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = 0
+    for line in head.split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            length = int(value)
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
+
+
+def talk(host: str, port: int, request: bytes, until: bytes | None = None) -> bytes:
+    """Send bytes; all that comes back until the peer closes, or until `until` was seen."""
+    with socket.create_connection((host, port), timeout=20) as connection:
+        connection.sendall(request)
+        got = b""
+        while until is None or until not in got:
+            piece = connection.recv(65536)
+            if not piece:
+                break
+            got += piece
+        return got
+
+
+def receive(connection: socket.socket, size: int) -> bytes:
+    """Exactly `size` bytes, fewer when the peer closes."""
+    got = b""
+    while len(got) < size and (piece := connection.recv(size - len(got))):
+        got += piece
+    return got
+
+
+def post(path: str, body: bytes, *headers: str, close: bool = True) -> bytes:
+    """A POST as bytes."""
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", *headers]
+    if close:
+        lines.append("Connection: close")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def chunk(data: bytes) -> bytes:
+    """One HTTP/1.1 chunk."""
+    return b"%x\r\n%s\r\n" % (len(data), data)

@@ -1,0 +1,308 @@
+"""The proxy in front of a server that is scripted byte by byte: what passes, and what is recorded."""
+
+import json
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from proxied import capturing, chunk, post, receive, scripted, talk
+
+from tokentape.proxy import master
+from tokentape.proxy.addon import Capture, Exchange
+from tokentape.proxy.capture import checked_listen, checked_upstream
+from tokentape.traces.check import check
+from tokentape.traces.errors import UsageError
+from tokentape.traces.reader import open_tape
+
+BODY = json.dumps({"model": "m", "prompt": "a b", "stream": True, "max_tokens": 3}).encode()
+SSE_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+
+
+def event(text: str) -> bytes:
+    return b'data: {"id":"c-1","model":"m","choices":[{"index":0,"text":"%s"}]}\n\n' % text.encode()
+
+
+END = b"data: [DONE]\n\n"
+REPLIES = {
+    "stream": SSE_HEAD + chunk(event("a")) + chunk(event("b")) + chunk(END) + b"0\r\n\r\n",
+    "whole": b"HTTP/1.1 200 OK\r\nX-Odd-CASE: two  spaces\r\nContent-Length: 2\r\n\r\n{}",
+    "overloaded": b"HTTP/1.1 503 Busy\r\nretry-after: 1\r\nContent-Length: 4\r\n\r\nbusy",
+    "until close": b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + event("a") + END,
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "not json": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n<html>hi<",
+}
+
+
+def test_heads_and_bodies_pass_byte_for_byte_both_ways(tmp_path: Path) -> None:
+    heard: list[bytes] = []
+
+    def script(connection: socket.socket, request: bytes) -> None:
+        heard.append(request)
+        name = request.split(b"?", 1)[1].split(b" ", 1)[0].decode().replace("+", " ")
+        connection.sendall(REPLIES[name])
+        connection.shutdown(socket.SHUT_WR)
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        host, _, port = upstream.removeprefix("http://").rpartition(":")
+        for name, reply in REPLIES.items():
+            path = "/v1/completions?" + name.replace(" ", "+")
+            asked = post(path, BODY, "X-Mixed-CASE: a", "x-mixed-case: b", "Accept: */*")
+            assert talk(host, int(port), asked) == reply, name
+            assert talk(proxy.host, proxy.port, asked) == reply, name
+            assert heard[-1] == heard[-2] == asked, name
+        proxy.stop()
+    assert len(proxy.rows()) == len(REPLIES)
+    assert check(open_tape(proxy.tape)) == []
+
+
+def test_a_stream_is_relayed_event_by_event_and_every_event_is_recorded(tmp_path: Path) -> None:
+    seen_by_client = [threading.Event() for _ in range(5)]
+
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(SSE_HEAD)
+        for n, seen in enumerate(seen_by_client):
+            connection.sendall(chunk(event(f"t{n}")))
+            assert seen.wait(10), "the proxy held an event back"
+        connection.sendall(chunk(END) + b"0\r\n\r\n")
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        with socket.create_connection((proxy.host, proxy.port), timeout=10) as client:
+            client.sendall(post("/v1/completions", BODY))
+            got = b""
+            while piece := client.recv(65536):
+                got += piece
+                for n, seen in enumerate(seen_by_client):
+                    if f'"t{n}"'.encode() in got:
+                        seen.set()
+        said = proxy.stop()
+    (row,) = proxy.rows()
+    assert len(row["off_us"]) == 5
+    assert row["outcome"] == "ok"
+    assert row["event_clock"] == "callback"
+    assert row["coalesced_reads"] == 0
+    assert row["arrival_ns"] <= row["send_ns"] <= row["send_end_ns"] <= row["response_headers_ns"]
+    assert "1 requests seen, 1 rows, 5 events; nothing lost" in said
+
+
+def test_events_of_one_read_share_a_stamp_and_are_counted(tmp_path: Path) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(
+            SSE_HEAD + chunk(event("a")) + chunk(event("b")) + chunk(END) + b"0\r\n\r\n"
+        )
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        talk(proxy.host, proxy.port, post("/v1/completions", BODY))
+        proxy.stop()
+    (row,) = proxy.rows()
+    assert row["coalesced_reads"] == 1
+    assert row["off_us"][0] == row["off_us"][1]
+
+
+def test_the_upstream_gets_the_prompt_while_it_is_still_being_uploaded(tmp_path: Path) -> None:
+    got_some = threading.Event()
+
+    def peeking(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            data = b""
+            while b"first" not in data:
+                data += connection.recv(65536)
+            got_some.set()
+            while b"second" not in data:
+                data += connection.recv(65536)
+            connection.sendall(REPLIES["whole"])
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=peeking, args=(server,))
+        thread.start()
+        with capturing(
+            "http://127.0.0.1:%d" % server.getsockname()[1], tmp_path / "a.tape"
+        ) as proxy:
+            with socket.create_connection((proxy.host, proxy.port), timeout=10) as client:
+                whole = post("/v1/completions", b"first" + b"second")
+                client.sendall(whole[: -len(b"second")])
+                assert got_some.wait(10), "the proxy waits for the whole body"
+                client.sendall(b"second")
+                assert receive(client, len(REPLIES["whole"])) == REPLIES["whole"]
+            thread.join()
+            proxy.stop()
+
+
+def test_trailers_neither_hang_nor_break_the_client(tmp_path: Path) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(SSE_HEAD + chunk(event("a")) + b"0\r\nX-Checksum: 1\r\n\r\n")
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        ask = post("/v1/completions", BODY, close=False)
+        for _ in range(2):
+            got = talk(proxy.host, proxy.port, ask, until=b"0\r\n\r\n")
+            assert got == SSE_HEAD + chunk(event("a")) + b"0\r\n\r\n"
+        said = proxy.stop()
+    assert [r["deviations"] for r in proxy.rows()] == [["trailers"], ["trailers"]]
+    assert "error" not in said
+
+
+def test_interim_responses_are_not_taken_for_the_final_one(tmp_path: Path) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 102 Pro")
+        connection.sendall(b"cessing\r\n\r\n" + REPLIES["whole"])
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        ask = post("/v1/completions", BODY, close=False)
+        assert talk(proxy.host, proxy.port, ask, until=b"{}") == REPLIES["whole"]
+        proxy.stop()
+    (row,) = proxy.rows()
+    assert row["http_status"] == 200
+    assert row["deviations"] == ["interim", "interim"]
+
+
+def test_a_client_that_leaves_is_told_apart_and_the_upstream_is_freed(tmp_path: Path) -> None:
+    upstream_closed = threading.Event()
+
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(SSE_HEAD + chunk(event("a")))
+        while connection.recv(1024):
+            pass
+        upstream_closed.set()
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        talk(proxy.host, proxy.port, post("/v1/completions", BODY), until=b'"a"')
+        assert upstream_closed.wait(10)
+        proxy.stop()
+    (row,) = proxy.rows()
+    assert (row["outcome"], len(row["off_us"])) == ("client_abort", 1)
+
+
+def test_an_upstream_that_breaks_off_is_told_apart(tmp_path: Path) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(SSE_HEAD + chunk(event("a")))
+        connection.shutdown(socket.SHUT_RDWR)
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        got = talk(proxy.host, proxy.port, post("/v1/completions", BODY))
+        proxy.stop()
+    assert got == SSE_HEAD + chunk(event("a"))
+    (row,) = proxy.rows()
+    assert (row["outcome"], row["origin"]) == ("upstream_abort", "upstream")
+    assert len(row["off_us"]) == 1
+
+
+def test_an_upstream_that_closes_before_its_head_gives_502_from_the_proxy(tmp_path: Path) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.shutdown(socket.SHUT_RDWR)
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        got = talk(proxy.host, proxy.port, post("/v1/completions", BODY))
+        proxy.stop()
+    assert got.startswith(b"HTTP/1.1 502")
+    (row,) = proxy.rows()
+    assert (row["outcome"], row["origin"], row["http_status"]) == ("upstream_abort", "proxy", 502)
+    assert row["deviations"] == ["upstream_failure_page"]
+
+
+def test_a_dead_upstream_gives_502_and_a_connect_error(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with capturing(f"http://127.0.0.1:{port}", tmp_path / "a.tape") as proxy:
+        got = talk(proxy.host, proxy.port, post("/v1/completions", BODY))
+        proxy.stop()
+    assert got.startswith(b"HTTP/1.1 502")
+    (row,) = proxy.rows()
+    assert (row["outcome"], row["origin"], row["send_ns"]) == ("connect_error", "proxy", None)
+
+
+def test_at_sigterm_what_is_in_flight_ends_and_new_connections_are_refused(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(SSE_HEAD + chunk(event("a")))
+        begun.set()
+        assert go_on.wait(20)
+        connection.sendall(chunk(event("b")) + chunk(END) + b"0\r\n\r\n")
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        with socket.create_connection((proxy.host, proxy.port), timeout=20) as client:
+            client.sendall(post("/v1/completions", BODY, close=False))
+            assert begun.wait(10)
+            proxy.process.send_signal(signal.SIGTERM)
+            while True:  # until the listener is gone
+                try:
+                    socket.create_connection((proxy.host, proxy.port), timeout=1).close()
+                except OSError:
+                    break
+                time.sleep(0.02)
+            go_on.set()
+            got = b""
+            while not got.endswith(b"0\r\n\r\n"):
+                piece = client.recv(65536)
+                assert piece, "the stream was cut"
+                got += piece
+        proxy.process.wait(30)
+    (row,) = proxy.rows()
+    assert (row["outcome"], len(row["off_us"])) == ("ok", 2)
+
+
+def test_a_second_request_on_a_connection_reuses_the_upstream_one(tmp_path: Path) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(REPLIES["whole"])
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        with socket.create_connection((proxy.host, proxy.port), timeout=10) as client:
+            for _ in range(3):
+                client.sendall(post("/v1/completions", BODY, close=False))
+                assert receive(client, len(REPLIES["whole"])) == REPLIES["whole"]
+        proxy.stop()
+    rows = proxy.rows()
+    assert [r["upstream_reused"] for r in rows] == [False, True, True]
+    assert rows[0]["connect_ns"] is not None
+    assert rows[1]["connect_ns"] is None
+    assert all(r["send_ns"] >= r["arrival_ns"] for r in rows)
+
+
+def test_a_recorder_that_fails_costs_no_byte() -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> None:
+            raise OSError("disk full")
+
+    capture = Capture(Broken(), "w0")  # type: ignore[arg-type]
+    exchange = Exchange(1, None)
+    assert capture._request_callable(exchange)(b"abc") == b"abc"
+    assert capture.errors == 1
+
+
+def test_accepted_sockets_send_small_writes_at_once() -> None:
+    with master.bind("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("http://engine/", "http://engine:80"),
+        ("https://engine", "https://engine:443"),
+        ("http://[::1]:8000", "http://[::1]:8000"),
+    ],
+)
+def test_an_upstream_is_scheme_host_and_port(url: str, expected: str) -> None:
+    assert checked_upstream(url) == expected
+
+
+@pytest.mark.parametrize(
+    "url", ["engine:8000", "ftp://x", "http://", "http://x:99999", "http://x/v1", "http://u:p@x"]
+)
+def test_any_other_upstream_is_a_usage_error_that_names_the_option(url: str) -> None:
+    with pytest.raises(UsageError, match="--upstream"):
+        checked_upstream(url)
+
+
+def test_a_listen_address_needs_host_and_port() -> None:
+    assert checked_listen("[::1]:80") == ("::1", 80)
+    for bad in ("8080", ":8080", "x:", "x:abc", "x:70000"):
+        with pytest.raises(UsageError, match="--listen"):
+            checked_listen(bad)

@@ -1,0 +1,265 @@
+"""Recording end to end with the real writer process: what survives when something dies or stalls."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokentape.traces.check import check
+from tokentape.traces.errors import TapeError
+from tokentape.traces.reader import open_tape
+from tokentape.traces.recording import MEMORY_BYTES, Recorder
+from tokentape.traces.recover import recover
+
+HEAD = (b"POST", b"/v1/completions?api_key=sk-canary", [(b"Authorization", b"Bearer sk-canary")])
+BODY = json.dumps({"model": "m", "prompt": "word " * 300, "stream": True, "max_tokens": 3}).encode()
+SSE = [(b"Content-Type", b"text/event-stream")]
+
+
+def event(text: str) -> bytes:
+    return b'data: {"id":"c-1","choices":[{"index":0,"text":"%s"}]}\n\n' % text.encode()
+
+
+def start(tape: Path, **options: Any) -> Recorder:
+    arguments = {"role": "capture", "command": [], "options": {}, "facts": {}, "key": b"k" * 32}
+    return Recorder.start(tape, **(arguments | options))
+
+
+def begin(recorder: Recorder, now: int) -> int:
+    """Open one streamed request and send its first two events."""
+    stream = recorder.open(now, {"arrival_ns": now}, HEAD)
+    recorder.request_body(stream, now, BODY)
+    recorder.mark(stream, "request_end_ns", now)
+    recorder.mark(stream, "send_ns", now + 1_000_000)
+    recorder.reply_head(stream, now + 2_000_000, 200, SSE)
+    recorder.reply_data(stream, now + 3_000_000, event("a"))
+    recorder.reply_data(stream, now + 4_000_000, event("b"))
+    return stream
+
+
+def finish(recorder: Recorder, stream: int, now: int) -> None:
+    recorder.reply_data(stream, now + 5_000_000, event("c") + b"data: [DONE]\n\n")
+    row = {"outcome": "ok", "send_ns": now + 1_000_000, "send_end_ns": now + 1_000_000}
+    recorder.close(stream, now + 6_000_000, row)
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.01)
+
+
+def wait_for_unlock(tape: Path) -> None:
+    """Block until nobody writes the tape."""
+    with (tape / "journal" / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+
+def test_what_is_recorded_comes_back_as_a_row(tmp_path: Path) -> None:
+    recorder = start(tmp_path / "a.tape")
+    now = time.monotonic_ns()
+    finish(recorder, begin(recorder, now), now)
+    recorder.telemetry(now, now + 5, "http://engine/metrics", [("vllm:x", "{}", 2.5)])
+    summary = recorder.finish({"note": "done"})
+    assert (summary.seen, summary.rows, summary.events, summary.losses) == (1, 1, 3, {})
+    tape = open_tape(tmp_path / "a.tape")
+    (row,) = tape.read().to_pylist()
+    assert row["off_us"] == [2000, 3000, 4000]
+    assert row["endpoint"] == "/v1/completions"
+    assert row["model_requested"] == "m"
+    assert len(row["block_hashes"]) == 2
+    assert row["outcome"] == "ok"
+    assert tape.facts["note"] == "done"
+    assert len(tape.telemetry_files) == 1
+    assert check(tape) == []
+    assert list((tape.path / "journal").iterdir()) == [tape.path / "journal" / "lock"]
+
+
+def test_no_secret_reaches_any_file_in_any_mode(tmp_path: Path) -> None:
+    for mode in ("none", "structure"):
+        tape = tmp_path / f"{mode}.tape"
+        recorder = start(tape, content=mode)
+        now = time.monotonic_ns()
+        stream = recorder.open(now, {}, HEAD)
+        secret = {"model": "m", "prompt": "sk-canary", "user": "sk-canary", "stop": ["sk-canary"]}
+        recorder.request_body(stream, now, json.dumps(secret).encode())
+        recorder.mark(stream, "request_end_ns", now)
+        recorder.reply_head(stream, now, 400, [(b"X-Echo", b"sk-canary")])
+        recorder.reply_data(stream, now, b'{"error": {"message": "sk-canary", "type": "bad"}}')
+        recorder.flush()
+        wait_for(lambda t=tape: b"arrival_ns" in journal_bytes(t), "journaled")  # type: ignore[misc]
+        assert b"canary" not in journal_bytes(tape)
+        recorder.close(stream, now, {"outcome": "ok"})
+        recorder.finish()
+        files = [p for p in tmp_path.rglob("*") if p.is_file()]
+        assert len(files) >= 3
+        for path in files:
+            assert b"canary" not in path.read_bytes(), path
+        columns = open_tape(tape).read(["block_hashes", "outcome"]).to_pylist()
+        assert columns == [
+            {"block_hashes": None if mode == "none" else [], "outcome": "http_error"}
+        ]
+
+
+def journal_bytes(tape: Path) -> bytes:
+    return b"".join(p.read_bytes() for p in (tape / "journal").glob("*.journal"))
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_traces_recording import begin, finish, start
+recorder = start(Path(sys.argv[1]))
+now = time.monotonic_ns()
+finish(recorder, begin(recorder, now), now)
+begin(recorder, now)
+recorder.flush()
+print(recorder._process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hot_process(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has recorded one finished and one open request, and waits."""
+    here = str(Path(__file__).parent)
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "a.tape"), here],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        yield process
+        process.kill()
+
+
+def test_after_kill_9_of_the_hot_process_the_writer_seals_everything(
+    tmp_path: Path, hot_process: subprocess.Popen[bytes]
+) -> None:
+    assert hot_process.stdout is not None
+    hot_process.stdout.readline()
+    hot_process.kill()
+    wait_for_unlock(tmp_path / "a.tape")
+    tape = open_tape(tmp_path / "a.tape")
+    rows = tape.read(["outcome", "off_us"]).to_pylist()
+    assert sorted(r["outcome"] for r in rows) == ["cut", "ok"]
+    assert next(r for r in rows if r["outcome"] == "cut")["off_us"] == [2000, 3000]
+
+
+def test_after_kill_9_of_both_processes_the_journal_holds_all_and_recover_seals_it(
+    tmp_path: Path, hot_process: subprocess.Popen[bytes]
+) -> None:
+    assert hot_process.stdout is not None
+    writer_pid = int(hot_process.stdout.readline())
+    tape = tmp_path / "a.tape"
+    wait_for(lambda: open_tape(tape).unsealed_rows == 1, "the finished row is in the journal")
+    wait_for(lambda: len(journal_bytes(tape)) > 1500, "the open request's events are there")
+    os.kill(writer_pid, signal.SIGKILL)
+    hot_process.kill()
+    wait_for_unlock(tape)
+    assert (open_tape(tape).rows, open_tape(tape).open_rows) == (0, 1)
+    assert any("not sealed" in f.what for f in check(open_tape(tape)))
+    recovered = recover(tape)
+    assert (recovered.rows, recovered.cut) == (2, 1)
+    rows = open_tape(tape).read().to_pylist()
+    cut = next(r for r in rows if r["outcome"] == "cut")
+    assert cut["off_us"] == [2000, 3000]
+    assert cut["model_requested"] == "m"
+    assert check(open_tape(tape)) == []
+
+
+def test_a_writer_that_dies_costs_rows_that_are_counted_and_nothing_else(tmp_path: Path) -> None:
+    troubles: list[str] = []
+    recorder = start(tmp_path / "a.tape", on_trouble=troubles.append)
+    now = time.monotonic_ns()
+    finish(recorder, begin(recorder, now), now)
+    recorder.flush()
+    wait_for(lambda: open_tape(tmp_path / "a.tape").unsealed_rows == 1, "journaled")
+    os.kill(recorder._process.pid, signal.SIGKILL)
+    recorder._process.wait()
+    for _ in range(3):
+        finish(recorder, begin(recorder, now), now)
+        recorder.flush()
+    summary = recorder.finish()
+    assert troubles == ["the writer process died: traffic goes on, nothing more is recorded"]
+    assert (summary.seen, summary.rows, summary.losses) == (4, 1, {"writer_died": 3})
+    assert open_tape(tmp_path / "a.tape").losses == {"writer_died": 3}
+
+
+def test_a_stuck_writer_bounds_memory_then_drops_detail_and_counts_it(tmp_path: Path) -> None:
+    recorder = start(tmp_path / "a.tape")
+    os.kill(recorder._process.pid, signal.SIGSTOP)
+    now = time.monotonic_ns()
+    stream = begin(recorder, now)
+    piece = event("x" * 100_000)
+    pieces = 2 * MEMORY_BYTES // len(piece)
+    for _ in range(pieces):
+        recorder.reply_data(stream, now + 5_000_000, piece)
+    assert recorder._waiting_bytes < MEMORY_BYTES + (2 << 20)
+    os.kill(recorder._process.pid, signal.SIGCONT)
+    recorder.close(stream, now + 6_000_000, {"outcome": "ok", "send_ns": now + 1_000_000})
+    summary = recorder.finish()
+    assert (summary.seen, summary.rows) == (1, 1)
+    (row,) = open_tape(tmp_path / "a.tape").read(["events_dropped", "off_us"]).to_pylist()
+    assert row["events_dropped"] > 0
+    assert row["events_dropped"] + len(row["off_us"]) == pieces + 2
+
+
+def test_a_second_life_appends_and_seals_what_the_first_left(tmp_path: Path) -> None:
+    tape = tmp_path / "a.tape"
+    now = time.monotonic_ns()
+    for _ in range(2):
+        recorder = start(tape, append=True)
+        finish(recorder, begin(recorder, now), now)
+        recorder.finish()
+    opened = open_tape(tape)
+    assert opened.rows == 2
+    assert len({s.metadata["incarnation"] for s in opened.segments}) == 2
+    with pytest.raises(TapeError, match="is a capture"):
+        start(tape, append=True, role="replay")
+    with pytest.raises(TapeError, match="--force"):
+        start(tape)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB; needs the right to mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)],
+        capture_output=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {made.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_loses_rows_by_count_and_never_the_tape(small_disk: Path) -> None:
+    troubles: list[str] = []
+    tape = small_disk / "a.tape"
+    recorder = start(tape, on_trouble=troubles.append)
+    now = time.monotonic_ns()
+    finish(recorder, begin(recorder, now), now)
+    recorder.flush()
+    wait_for(lambda: open_tape(tape).unsealed_rows == 1, "the first row is journaled")
+    (small_disk / "filler").write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * 4096))
+    for n in range(50):
+        finish(recorder, begin(recorder, now + n), now + n)
+    summary = recorder.finish()
+    assert summary.seen == 51
+    assert summary.losses == {"disk_full": 51}
+    assert any("No space left" in t and "traffic goes on" in t for t in troubles)
+    (small_disk / "filler").unlink()
+    assert open_tape(tape).rows + open_tape(tape).unsealed_rows <= 51
