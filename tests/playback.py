@@ -1,6 +1,6 @@
 """Serves recorded LLM streams byte for byte at their recorded times, from a process of its own.
 
-    python -m playback --listen 127.0.0.1:0 tests/data/vllm-h100-slice.jsonl.gz     (in tests/)
+    cd tests; python -m playback --listen 127.0.0.1:0 data/vllm-h100-slice.jsonl.gz
 
 Header `x-playback: RID` names the recording; without it the k-th request to a path gets the k-th
 recording of that path. Header `x-fault: NAME [CHUNKS]` makes the server misbehave, see FAULTS.
@@ -304,7 +304,8 @@ def main() -> None:
     server = Server(load(options.files), listener)
     gc.collect()
     gc.freeze()
-    print(f"http://{host}:{listener.getsockname()[1]}", flush=True)
+    sys.stdout.write(f"http://{host}:{listener.getsockname()[1]}\n")
+    sys.stdout.flush()
     if not options.until_stdin_closes:
         server.run()
     threading.Thread(target=server.run, daemon=True).start()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
 from playback import Playback, Served, playback
 from raw_client import RawReply, body_for, play, play_all
 from recordings import CHAT, DONE
@@ -97,7 +98,7 @@ def test_the_kth_request_to_a_path_gets_its_kth_recording() -> None:
         chats = [r for r in fresh.recordings.values() if r.path == CHAT]
         for expected in chats[:2]:
             command = ["curl", "-sN", "-d", '{"stream": true}', fresh.url + CHAT]
-            read = subprocess.run(command, capture_output=True, check=True)  # noqa: S603
+            read = subprocess.run(command, capture_output=True, check=True)
             assert read.stdout == expected.body
         assert [served.rid for served in fresh.log()] == [r.rid for r in chats[:2]]
 
@@ -122,7 +123,7 @@ def test_an_unstreamed_request_gets_the_same_completion_as_one_body(
 def test_a_connection_can_be_used_again(server: Playback) -> None:
     url = server.url + server.recordings[SHORT].path
     ask = ["-sN", "-d", '{"stream": true}', "-H", f"x-playback: {SHORT}", url]
-    read = subprocess.run(["curl", *ask, "--next", *ask], capture_output=True, check=True)  # noqa: S603, S607
+    read = subprocess.run(["curl", *ask, "--next", *ask], capture_output=True, check=True)
     assert read.stdout == server.recordings[SHORT].body * 2
     assert len({served.connection for served in server.log()[-2:]}) == 1
 
@@ -139,7 +140,7 @@ def test_an_unknown_recording_is_not_found(server: Playback) -> None:
         "{}",
         f"{server.url}/nothing",
     ]
-    assert subprocess.run(command, capture_output=True, check=True).stdout == b"404"  # noqa: S603
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"404"
 
 
 def test_fault_close_before_headers_closes_with_no_byte(server: Playback) -> None:
@@ -175,7 +176,7 @@ def test_fault_stall_sends_its_chunks_and_then_nothing(server: Playback) -> None
     recording = server.recordings[SHORT]
     command = ["curl", "-sN", "-m", "1", "-d", '{"stream": true}', "-H", f"x-playback: {SHORT}"]
     command += ["-H", "x-fault: stall 2", server.url + recording.path]
-    read = subprocess.run(command, capture_output=True, check=False)  # noqa: S603
+    read = subprocess.run(command, capture_output=True, check=False)
     assert read.returncode == 28, "curl says that it timed out"
     assert read.stdout == b"".join(data for _, data in recording.chunks[:2])
 

@@ -22,6 +22,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from tokentape.traces import schema
 
 ROW_GROUP_REQUESTS = 4_000

@@ -1,0 +1,158 @@
+"""What holds for every format: the way in, the ids, and that no half tape is left behind."""
+
+import hashlib
+import itertools
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokentape.traces.errors import TapeError, UsageError
+from tokentape.traces.importers import FORMATS, import_trace
+from tokentape.traces.importers.rows import request_ids
+from tokentape.traces.reader import open_tape
+
+AZURE_ROWS = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n"
+MOONCAKE_ROW = '{"timestamp": 0, "input_length": 9, "output_length": 2, "hash_ids": [7]}\n'
+MADE = {"azure": AZURE_ROWS, "mooncake": MOONCAKE_ROW}
+
+
+def made(folder: Path, format_name: str) -> Path:
+    path = folder / f"{format_name}.trace"
+    path.write_text(MADE[format_name])
+    return path
+
+
+def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match="nonsense: unknown trace format; known are azure, mooncake"
+    ):
+        import_trace("nonsense", [made(tmp_path, "azure")], tmp_path / "t.tape")
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_facts_name_the_file_its_digest_and_its_licence(tmp_path: Path, format_name: str) -> None:
+    path = made(tmp_path, format_name)
+    command = ["import", format_name, str(path)]
+    summary = import_trace(format_name, [path], tmp_path / "t.tape", command=command)
+    facts = open_tape(summary.tape).facts
+    assert facts["role"] == "import"
+    assert facts["command"] == command
+    assert facts["source"]["licence"].startswith({"azure": "CC-BY", "mooncake": "Apa"}[format_name])
+    (file,) = facts["source"]["files"]
+    assert file["name"] == path.name
+    assert file["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert file["bytes"] == path.stat().st_size
+    assert file["read"] == file["written"] == facts["source"]["read"] == 1
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_the_same_file_gives_the_same_rows(tmp_path: Path, format_name: str) -> None:
+    path = made(tmp_path, format_name)
+    first, second = (
+        open_tape(import_trace(format_name, [path], tmp_path / f"{n}.tape").tape) for n in (1, 2)
+    )
+    assert first.read().equals(second.read())
+    assert first.facts["tape_id"] != second.facts["tape_id"]
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("content", ["", "\n\n", "TIMESTAMP,ContextTokens,GeneratedTokens\n"])
+def test_a_file_with_no_request_makes_no_tape(
+    tmp_path: Path, format_name: str, content: str
+) -> None:
+    path = tmp_path / "none.trace"
+    path.write_text(content)
+    with pytest.raises(TapeError, match=r"none\.trace"):
+        import_trace(format_name, [path], tmp_path / "t.tape")
+    assert not (tmp_path / "t.tape").exists()
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_missing_file_is_named(tmp_path: Path, format_name: str) -> None:
+    with pytest.raises(TapeError, match=r"absent\.csv: no such file"):
+        import_trace(format_name, [tmp_path / "absent.csv"], tmp_path / "t.tape")
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_bad_last_line_makes_no_tape_and_spares_the_old_one(
+    tmp_path: Path, format_name: str
+) -> None:
+    good = import_trace(format_name, [made(tmp_path, format_name)], tmp_path / "t.tape")
+    bad = tmp_path / "bad.trace"
+    bad.write_text(MADE[format_name] * 3 + "cut")
+    with pytest.raises(TapeError, match="line"):
+        import_trace(format_name, [bad], good.tape, force=True)
+    assert open_tape(good.tape).rows == 1
+
+
+def test_an_old_tape_goes_only_with_force(tmp_path: Path) -> None:
+    path, tape = made(tmp_path, "azure"), tmp_path / "t.tape"
+    import_trace("azure", [path], tape)
+    with pytest.raises(TapeError, match="--force"):
+        import_trace("azure", [path], tape)
+    assert import_trace("azure", [path], tape, force=True).written == 1
+
+
+def test_two_mooncake_files_cannot_share_a_tape(tmp_path: Path) -> None:
+    path = made(tmp_path, "mooncake")
+    with pytest.raises(UsageError, match="one file"):
+        import_trace("mooncake", [path, path], tmp_path / "t.tape")
+
+
+def test_a_disk_that_fills_leaves_no_half_tape(tmp_path: Path) -> None:
+    path, tape = tmp_path / "big.jsonl", tmp_path / "t.tape"
+    path.write_text(MOONCAKE_ROW * 5_000)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from tokentape.traces.importers import import_trace\n"
+        "from tokentape.traces.errors import TapeError\n"
+        "try: import_trace('mooncake', [Path(sys.argv[1])], Path(sys.argv[2]))\n"
+        "except TapeError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(tape)],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000)),
+    )
+    assert "cannot be written" in done.stdout
+    assert not tape.exists()
+
+
+def test_progress_is_told_the_rows_written(tmp_path: Path) -> None:
+    told: list[int] = []
+    import_trace("azure", [made(tmp_path, "azure")], tmp_path / "t.tape", progress=told.append)
+    assert told == [1]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 2**60), min_size=1, unique=True), st.integers(0, 2**31))
+def test_ids_are_in_order_of_time_and_no_two_are_alike(times: list[int], first_row: int) -> None:
+    times.sort()
+    rows = np.arange(first_row, first_row + len(times), dtype=np.int64)
+    ids = request_ids(np.array(times, dtype=np.int64), rows, "ab" * 32).to_pylist()
+    assert all(i.version == 7 and i.variant == "specified in RFC 4122" for i in ids)
+    assert [i.int >> 80 for i in ids] == [t // 1_000_000 for t in times]
+    assert len(set(ids)) == len(ids)
+    apart = [
+        (a, b) for a, b in itertools.pairwise(zip(times, ids, strict=True)) if b[0] - a[0] > 250
+    ]
+    assert all(a[1] < b[1] for a, b in apart)
+
+
+def test_two_files_never_give_one_id(tmp_path: Path) -> None:
+    ids = set()
+    for number in range(10):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(MOONCAKE_ROW + json.dumps({"number": number, **json.loads(MOONCAKE_ROW)}))
+        tape = import_trace("mooncake", [path], tmp_path / "t.tape", force=True).tape
+        ids |= set(open_tape(tape).read(["request_id"])["request_id"].to_pylist())
+    assert len(ids) == 20
