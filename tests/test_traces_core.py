@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from rows import make_tape, streamed_row
 
+import tokentape
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.clock import TapeClock, take_anchor, wall_unix_ns
 from tokentape.traces.errors import TapeError
 from tokentape.traces.identity import incarnation, request_id
-from tokentape.traces.reader import open_tape, open_tapes
+from tokentape.traces.reader import Tape, Tapes, open_tape, open_tapes
 from tokentape.traces.schema import COLUMNS, REQUESTS, allowed
 from tokentape.traces.writer import TapeWriter
 
@@ -154,6 +155,18 @@ def test_a_missing_tape_is_named(tmp_path: Path) -> None:
         open_tape(tmp_path / "nowhere")
     with pytest.raises(TapeError, match="matches no tape"):
         open_tapes(str(tmp_path / "*.tape"))
+
+
+def test_a_pattern_opens_several_tapes_that_answer_as_one(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        make_tape(tmp_path / f"{name}.tape", [streamed_row(1), streamed_row(2)])
+    tapes = tokentape.open(str(tmp_path / "*.tape"))
+    assert isinstance(tapes, Tapes)
+    assert [t.path.name for t in tapes] == ["a.tape", "b.tape"]
+    assert (tapes.rows, tapes.events, tapes.read(["arrival_ns"]).num_rows) == (4, 12, 4)
+    one = tokentape.open(tmp_path / "a.tape")
+    assert isinstance(one, Tape)
+    assert one.facts["role"] == "capture"
 
 
 def test_a_damaged_segment_is_named_and_the_rest_can_be_read(tmp_path: Path) -> None:

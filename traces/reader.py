@@ -5,8 +5,8 @@ It says how many rows are not sealed yet instead of sealing them. Damaged segmen
 """
 
 import glob
+import importlib
 import json
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,41 @@ class Tape:
 
     def sql(self, query: str) -> Any:
         """Run SQL over the standard views; a DuckDB relation. Needs the analysis room."""
-        import importlib
+        return _sql([self], query)
 
-        session = importlib.import_module("tokentape.analysis.session")
-        return session.connect([self]).sql(query)
+
+class Tapes(list[Tape]):
+    """Several tapes with the questions that one answers; iterate for the tapes themselves."""
+
+    @property
+    def rows(self) -> int:
+        """Sealed rows of all."""
+        return sum(t.rows for t in self)
+
+    @property
+    def events(self) -> int:
+        """Sealed events of all."""
+        return sum(t.events for t in self)
+
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """The rows of all, tape after tape."""
+        return pa.concat_tables([t.read(columns) for t in self])
+
+    def sql(self, query: str) -> Any:
+        """As Tape.sql; the column `run` tells the tapes apart."""
+        return _sql(list(self), query)
+
+
+def _sql(tapes: list[Tape], query: str) -> Any:
+    session = importlib.import_module("tokentape.analysis.session")
+    return session.connect(tapes).sql(query)
+
+
+def open_any(path_or_glob: str | Path, *, skip_damaged: bool = False) -> Tape | Tapes:
+    """A Tape for the path of one, Tapes for a pattern; TapeError when there is none."""
+    if glob.has_magic(str(path_or_glob)) and not Path(path_or_glob).exists():
+        return open_tapes(path_or_glob, skip_damaged=skip_damaged)
+    return open_tape(path_or_glob, skip_damaged=skip_damaged)
 
 
 def open_tape(path: str | Path, *, skip_damaged: bool = False) -> Tape:
@@ -119,14 +150,12 @@ def open_tape(path: str | Path, *, skip_damaged: bool = False) -> Tape:
     )
 
 
-def open_tapes(pattern: str | Path, *, skip_damaged: bool = False) -> list[Tape]:
-    """Open the tapes that a path or a glob names; TapeError when there is none."""
-    if glob.has_magic(str(pattern)) and not Path(pattern).exists():
-        paths = sorted(glob.glob(str(pattern)))
-        if not paths:
-            raise TapeError(f"{pattern}: matches no tape on {platform.node()}")
-        return [open_tape(p, skip_damaged=skip_damaged) for p in paths]
-    return [open_tape(pattern, skip_damaged=skip_damaged)]
+def open_tapes(pattern: str | Path, *, skip_damaged: bool = False) -> Tapes:
+    """Open the tapes that a glob names, in order of their names; TapeError when there is none."""
+    paths = sorted(glob.glob(str(pattern)))
+    if not paths:
+        raise TapeError(f"{pattern}: matches no tape")
+    return Tapes(open_tape(p, skip_damaged=skip_damaged) for p in paths)
 
 
 def _footer(file: Path) -> Segment:
