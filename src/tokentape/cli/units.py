@@ -1,0 +1,116 @@
+"""Values with units, as they are written on the command line: one parser for every verb.
+
+Exact: durations are whole nanoseconds, factors and rates are fractions; nothing passes through a
+float. A text that cannot be read raises UsageError, one line with the option, the text as given
+and a form that would do. Nothing is guessed: a number without its unit is refused.
+"""
+
+import re
+from collections.abc import Iterable
+from fractions import Fraction
+
+from tokentape.traces.errors import UsageError
+
+_NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
+_DURATION = re.compile(_NUMBER + "(ns|us|ms|s|m|h)")
+_FACTOR = re.compile(_NUMBER + "x")
+_PERCENT = re.compile(_NUMBER + "%")
+_RATE = re.compile(_NUMBER + "/(s|m|h)")
+_NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_LONGEST = 40  # characters of a number; more is a mistake, and costs time to convert
+_INT64 = 2**63
+_LAST_PORT = 65535
+
+DURATION_FORM = "a duration such as 500ms, 90s or 5m"
+WINDOW_FORM = "a window such as 0s..10m, 30s.. or ..10m"
+FACTOR_FORM = "a factor above zero such as 2x or 0.5x"
+PERCENT_FORM = "a share from 0% to 100% such as 50%"
+RATE_FORM = "a rate above zero such as 10/s or 600/m"
+ADDRESS_FORM = "HOST:PORT such as 127.0.0.1:8080; port 0 takes any free one"
+
+
+def duration_ns(option: str, text: str) -> int:
+    """Whole nanoseconds of `500ms`; the units are ns, us, ms, s, m and h."""
+    ns = _duration(text)
+    if ns is None:
+        raise _refusal(option, text, DURATION_FORM)
+    return ns
+
+
+def window_ns(option: str, text: str) -> tuple[int | None, int | None]:
+    """(from, to) in ns of `0s..10m`; a side that is left out is None, one is there."""
+    first, dots, last = text.partition("..")
+    ends = [_duration(end) if end else None for end in (first, last)]
+    unread = any(end and ns is None for end, ns in zip((first, last), ends, strict=True))
+    begin, end = ends
+    if not dots or unread or (begin is None and end is None):
+        raise _refusal(option, text, WINDOW_FORM)
+    if begin is not None and end is not None and begin >= end:
+        raise _refusal(option, text, f"{WINDOW_FORM}, that ends after it begins")
+    return begin, end
+
+
+def factor(option: str, text: str) -> Fraction:
+    """The factor of `2x`, exactly; above zero."""
+    value = _number(_FACTOR, text)
+    if not value:
+        raise _refusal(option, text, FACTOR_FORM)
+    return value
+
+
+def percent(option: str, text: str) -> Fraction:
+    """The share of `50%` as a fraction from 0 to 1, exactly."""
+    value = _number(_PERCENT, text)
+    if value is None or value > 100:
+        raise _refusal(option, text, PERCENT_FORM)
+    return value / 100
+
+
+def rate_per_s(option: str, text: str) -> Fraction:
+    """The rate of `10/s` per second, exactly; above zero."""
+    value = _number(_RATE, text)
+    if not value:
+        raise _refusal(option, text, RATE_FORM)
+    return value * _NS["s"] / _NS[text[-1]]
+
+
+def address(option: str, text: str) -> tuple[str, int]:
+    """(host, port) of `127.0.0.1:8080` or `[::1]:8080`."""
+    host, _, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    digits = port.isascii() and port.isdigit() and len(port) <= len(str(_LAST_PORT))
+    loose = ":" in bare and bare == host  # an IPv6 address needs its brackets
+    if not bare or loose or not digits or int(port) > _LAST_PORT or set(bare) & set(" []/@"):
+        raise _refusal(option, text, ADDRESS_FORM)
+    return bare, int(port)
+
+
+def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
+    """A mapping of `NAME=VALUE` texts; each name once. A value may hold anything, secrets too."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"{option}: an argument is not NAME=VALUE")
+        if name in found:
+            raise UsageError(f"{option} {name}: is given twice")
+        found[name] = value
+    return found
+
+
+def _duration(text: str) -> int | None:
+    match = _DURATION.fullmatch(text) if len(text) <= _LONGEST else None
+    ns = Fraction(match[1]) * _NS[match[2]] if match else Fraction(1, 2)
+    return int(ns) if ns.denominator == 1 and ns < _INT64 else None
+
+
+def _number(form: re.Pattern[str], text: str) -> Fraction | None:
+    match = form.fullmatch(text) if len(text) <= _LONGEST else None
+    return Fraction(match[1]) if match else None
+
+
+def _refusal(option: str, text: str, form: str) -> UsageError:
+    shown = text if text.isprintable() and text.strip() else ascii(text)
+    if len(shown) > 2 * _LONGEST:
+        shown = shown[: 2 * _LONGEST] + "..."
+    return UsageError(f"{option} {shown}: need {form}")
