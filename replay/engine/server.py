@@ -29,6 +29,7 @@ from tokentape.traces.errors import UsageError
 
 BODY_LIMIT_BYTES = 256 * 1024 * 1024
 BACKLOG = 4096  # connections that may wait to be accepted: a replay opens its pool at once
+ACCEPTED_AT_ONCE = 16  # in one turn of the loop, so that steps go on meanwhile
 # The kernel's own buffer grows to megabytes otherwise, and a slow reader is seen only after it.
 SEND_BUFFER_BYTES = 128 * 1024
 LAST_PORT = 65_535  # getaddrinfo wraps larger ones silently
@@ -183,7 +184,8 @@ async def start(listen: str, profile: Profile) -> RunningEngine:
         shutdown_timeout=SHUTDOWN_S,
     )
     await runner.setup()
-    await web.SockSite(runner, sock, backlog=BACKLOG).start()
+    await web.SockSite(runner, sock, backlog=ACCEPTED_AT_ONCE).start()
+    sock.listen(BACKLOG)  # asyncio has one number for both
     host, port = sock.getsockname()[:2]
     return RunningEngine(f"http://{f'[{host}]' if ':' in host else host}:{port}", routes, runner)
 

@@ -15,7 +15,6 @@ from random import Random
 WORDS: tuple[str, ...] = tuple(
     map("".join, product("bcdfghjklmnprstv", "aeiou", "bcdfghjklmnprstv", "aeiou", "lmnrs"))
 )
-WORD_IDS: dict[str, int] = {word: token for token, word in enumerate(WORDS)}
 
 # Special tokens have ids behind the vocabulary and no text.
 END_OF_TEXT = len(WORDS)
@@ -30,19 +29,29 @@ ROLE_TOKENS: dict[str, int] = {
 FIRST_HASHED = 32_768
 ID_LIMIT = 2**31  # ids of prompts lie below
 
+REMEMBERED_WORDS = 262_144  # known and hashed, so that a long prompt is split in a millisecond
+
 # Two neighbours in an output are this many words apart; no factor in common with 32,000.
 OUTPUT_STRIDE = 7_919
 
 
+class _WordIds(dict[str, int]):
+    """Ids of the vocabulary; any other word's is its hash."""
+
+    def __missing__(self, word: str) -> int:
+        digest = zlib.crc32(word.encode("utf-8", "surrogatepass"))
+        token = FIRST_HASHED + digest % (ID_LIMIT - FIRST_HASHED)
+        if len(self) < REMEMBERED_WORDS:
+            self[word] = token
+        return token
+
+
+_word_ids = _WordIds((word, token) for token, word in enumerate(WORDS))
+
+
 def encode(text: str) -> list[int]:
     """Token ids of a text, one for each word."""
-    known = WORD_IDS.get
-    return [_hashed(word) if (token := known(word)) is None else token for word in text.split()]
-
-
-def _hashed(word: str) -> int:
-    digest = zlib.crc32(word.encode("utf-8", "surrogatepass"))
-    return FIRST_HASHED + digest % (ID_LIMIT - FIRST_HASHED)
+    return [_word_ids[word] for word in text.split()]
 
 
 def decode(tokens: Sequence[int]) -> str:
