@@ -5,7 +5,7 @@
 Header `x-playback: RID` names the recording; without it the k-th request to a path gets the k-th
 recording of that path. Header `x-fault: NAME [CHUNKS]` makes the server misbehave, see FAULTS.
 `GET /__log` tells what was received and when each chunk was handed to the socket.
-It uses one blocking thread per connection, so that its clock is a sleep and a send and nothing else.
+It uses one blocking thread per connection, so its clock is a sleep and a send and nothing else.
 It must never add a byte to a recorded body.
 """
 
