@@ -53,9 +53,7 @@ def read(wire_format: str, reads: list[bytes]) -> None:
 def main() -> None:
     """Prints one line per shape of stream."""
     chat, text = CHAT.encode(), TEXT.encode()
-    counted = [
-        (CHAT[:-1] + "," + USAGE % (1100 + i, i)).encode() for i in range(1, EVENTS + 1)
-    ]
+    counted = [(CHAT[:-1] + "," + USAGE % (1100 + i, i)).encode() for i in range(1, EVENTS + 1)]
     control_us = best_us(lambda: [json.loads(chat) for _ in range(EVENTS)])
     print(f"{'control: json.loads of a chat event':44s} {control_us:6.2f} us/event")
 

@@ -62,7 +62,7 @@ def read_request(endpoint: str, body: bytes) -> RequestFacts:
     known = {"wire_format": name, "operation": _DIALECTS[name].operation}
     try:
         facts = _DIALECTS[name].read_request(body)
-    except Exception:  # any body may come; the request is recorded all the same
+    except Exception:  # noqa: BLE001 - any body may come; the request is recorded all the same
         return RequestFacts(known | {"parse_status": "error"})
     facts.columns |= known
     return facts

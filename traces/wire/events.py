@@ -77,15 +77,21 @@ class Events:
         self.aux_t_ns.append(self.now_ns)
         self.aux_cls.append(cls)
 
-    def empty(self, choice: int, finish: bool, ids: int = -1, count: int = -1) -> None:
-        """A message of a choice without text: an event where tokens are told, else a candidate."""
-        if ids > 0 or (ids < 0 and count > self._last_count.get(choice, 0)):
+    def empty(self, choice: int, finish: bool, over: bool, ids: int = -1, count: int = -1) -> None:
+        """A message of a choice without text: an event where tokens are told, else a candidate.
+
+        over: the choice gave its finish reason before, so no token can be meant.
+        """
+        counting = len(self._counts) == len(self.t_ns)  # else it may be the total, come once
+        if ids > 0 or (ids < 0 and counting and count > self._last_count.get(choice, 0)):
             self.event(schema.EMPTY, 0, choice, ids, count)
-            return
-        if ids < 0:
-            place = (len(self.t_ns), len(self.aux_t_ns))
-            self._candidates.append(Candidate(*place, self.now_ns, self.read, choice, finish))
-        self.aux(schema.FINISH if finish else schema.OTHER)
+        elif count >= 0 and not finish:
+            self.aux(schema.USAGE)
+        else:
+            if ids < 0 and not over:
+                place = (len(self.t_ns), len(self.aux_t_ns))
+                self._candidates.append(Candidate(*place, self.now_ns, self.read, choice, finish))
+            self.aux(schema.FINISH if finish else schema.OTHER)
 
     def settle(self, total: int | None, total_is_whole: bool, hidden: int) -> Settled:
         """Final events; total is usage's output tokens, hidden those of reasoning by usage.
@@ -122,7 +128,7 @@ class Events:
         total: int | None,
         without_total: str,
     ) -> Settled:
-        """Arrays with the chosen candidates moved in; without_total: the source if usage is none."""
+        """Arrays with the chosen candidates moved in; without_total: the source without usage."""
         ntok = [min(k, tokens.NTOK_MAX) for k in ntok]
         known = ntok or total is not None
         reads = tokens.inserted(self._reads, chosen, [c.read for c in chosen])

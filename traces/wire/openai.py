@@ -69,6 +69,13 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _decode_count = msgspec.json.Decoder(_Count).decode
 
 
+def _read_chunk(data: bytes) -> _Chunk:
+    try:
+        return _decode_chunk(data)
+    except (msgspec.DecodeError, ValueError):  # ValueError: bad UTF-8
+        return _loosely(_Chunk, untrusted.decode_any(data))
+
+
 class Stream(StreamParser):
     """A streamed reply of chat or completions."""
 
@@ -83,10 +90,7 @@ class Stream(StreamParser):
         if name == b"error":
             self._error(_error_object(data))
             return
-        try:
-            chunk = _decode_chunk(data)
-        except (msgspec.DecodeError, ValueError):  # ValueError: bad UTF-8
-            chunk = _loosely(_Chunk, untrusted.decode_any(data))
+        chunk = _read_chunk(data)
         if self.facts.model is None:
             _identity(self.facts, chunk)
         if chunk.error is not _ABSENT and len(chunk.error) > _NULL_SIZE:
@@ -95,12 +99,13 @@ class Stream(StreamParser):
         choices, count = chunk.choices, -1
         if chunk.usage is not _ABSENT and len(chunk.usage) > _NULL_SIZE:
             count = self._usage_so_far(chunk.usage, bool(choices))
-        if chunk.metrics is not _ABSENT and len(chunk.metrics) > _NULL_SIZE:
+        if chunk.metrics is not _ABSENT:
             self._metrics = chunk.metrics
+        for choice in choices or ():
+            self._choice(choice, count)
         if choices:
-            for choice in choices:
-                self._choice(choice, count)
-        elif len(chunk.usage) > _NULL_SIZE:
+            return
+        if len(chunk.usage) > _NULL_SIZE:
             self.events.aux(schema.USAGE)
         else:
             self._without_choices(data)
@@ -126,9 +131,7 @@ class Stream(StreamParser):
         if data == b"[DONE]":
             self._end_mark = True
             self.events.aux(schema.DONE)
-        elif not data and name != b"error":
-            self.events.aux(schema.PING)
-        elif name == b"ping":
+        elif name == b"ping" or (not data and name != b"error"):
             self.events.aux(schema.PING)
         else:
             return False
@@ -157,7 +160,8 @@ class Stream(StreamParser):
             self._roles.add(index)
             self.events.aux(schema.ROLE)
         else:
-            self.events.empty(index, reason is not None, ids, count)
+            over = reason is None and finish[index] is not None
+            self.events.empty(index, reason is not None, over, ids, count)
 
     def _without_choices(self, data: bytes) -> None:
         """Old vLLM sends errors bare; Azure sends filter results first."""

@@ -5,6 +5,7 @@ word of a closed list. Of anything else only the size is kept. Prompt text leave
 `Prompt` alone.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any, Final
@@ -95,7 +96,7 @@ class _Body:
             self.raw = {key: bytes(value) for key, value in _split(data).items()}
         except (msgspec.DecodeError, ValueError):
             value = untrusted.decode_any(data)  # what Python's own json takes, servers take too
-            self.raw = {key: _encode(item) for key, item in value.items()}
+            self.raw = {key: json.dumps(item).encode() for key, item in value.items()}
 
     def get(self, key: str) -> Any:
         raw = self.raw.get(key)
@@ -188,7 +189,7 @@ def _extra(body: _Body, options: dict[str, Any], extra: dict[str, Any]) -> str |
             extra[key] = {"bytes": len(raw)}
         else:  # a name that could be text
             extra["other"] = {"bytes": len(raw) + extra.get("other", {"bytes": 0})["bytes"]}
-    return msgspec.json.encode(extra).decode() if extra else None
+    return untrusted.json_text(extra) if extra else None
 
 
 def _part_kinds(message: Any) -> Iterator[str]:
@@ -244,4 +245,4 @@ def _encode(value: Any) -> bytes:
     try:
         return msgspec.json.encode(value)
     except (ValueError, OverflowError):  # lone surrogates, integers past 64 bits
-        return repr(value).encode("utf-8", "surrogatepass")
+        return json.dumps(value).encode()

@@ -10,9 +10,8 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-import msgspec
-
 from tokentape.traces import schema
+from tokentape.traces.wire import untrusted
 from tokentape.traces.wire.events import Events
 from tokentape.traces.wire.sse import Message
 
@@ -96,7 +95,7 @@ class ReplyParser(ABC):
             "model": facts.model,
             "response_id": facts.response_id,
             "response_bytes": self.body_bytes,
-            "usage_raw": None if facts.usage_raw is None else _json(facts.usage_raw),
+            "usage_raw": None if facts.usage_raw is None else untrusted.json_text(facts.usage_raw),
             "finish_reason": reasons if any(reasons) else None,
             "error_type": (facts.error_type or str(self._http_status)) if failed else None,
             "parse_status": parse_status,
@@ -161,13 +160,14 @@ class StreamParser(ReplyParser):
     def finish(self, t_ns: int, complete: bool) -> Reply:
         nonsense = self._nonsense
         for name, payload in self._framing.flush():
-            self._take(name, payload)
+            if complete or payload or name is None:
+                self._take(name, payload)
         if not complete and self._nonsense > nonsense:  # it was cut there, that is all
             self._nonsense = nonsense
             del self.aux_t_ns[-1], self.aux_cls[-1]
         try:
             self._conclude()
-        except Exception:  # as for a message
+        except Exception:  # noqa: BLE001 - as for a message
             self._nonsense += 1
         return self._reply(self._columns(self._parse_status(complete)))
 
@@ -182,7 +182,7 @@ class StreamParser(ReplyParser):
         try:
             self._message(name, data)
             self._understood += 1
-        except Exception:  # whatever a server sends, the writer goes on
+        except Exception:  # noqa: BLE001 - whatever a server sends, the writer goes on
             self._nonsense += 1
             self.events.aux(schema.OTHER)
 
@@ -258,7 +258,7 @@ class WholeParser(ReplyParser):
     def _read(self, complete: bool) -> str:
         try:
             understood = self._body(bytes(self._kept))
-        except Exception:  # whatever a server sends, the writer goes on
+        except Exception:  # noqa: BLE001 - whatever a server sends, the writer goes on
             understood = False
         self._kept.clear()
         if understood:
@@ -278,7 +278,3 @@ class UnreadParser(ReplyParser):
 
     def finish(self, t_ns: int, complete: bool) -> Reply:
         return self._bare(self._columns(self._parse_status), done=complete and not self._failed)
-
-
-def _json(value: dict[str, Any]) -> str:
-    return msgspec.json.encode(value).decode()

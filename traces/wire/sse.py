@@ -7,7 +7,7 @@ LIMIT bytes of one message: a longer one is given up and reported, and reading g
 
 from typing import Final
 
-LIMIT: Final = 4 << 20  # bytes of one message; the longest seen from a real server is about 1 MB
+LIMIT: Final = 4 << 20  # bytes of one message, comments aside; no honest event comes near it
 _BOM: Final = b"\xef\xbb\xbf"
 _LF, _CR, _COLON = b"\n", ord("\r"), ord(":")
 

@@ -76,9 +76,9 @@ def numbers_only(value: Any, depth: int = 3) -> dict[str, Any]:
         if isinstance(item, dict) and depth > 1:
             if inner := numbers_only(item, depth - 1):
                 kept[key] = inner
-        elif type(item) is int and abs(item) <= I64_MAX:
-            kept[key] = item
-        elif type(item) is float and math.isfinite(item):
+        elif (type(item) is int and abs(item) <= I64_MAX) or (
+            type(item) is float and math.isfinite(item)
+        ):
             kept[key] = item
     return kept
 
