@@ -190,7 +190,7 @@ def test_a_writer_that_dies_costs_rows_that_are_counted_and_nothing_else(tmp_pat
         finish(recorder, begin(recorder, now), now)
         recorder.flush()
     summary = recorder.finish()
-    assert troubles == ["the writer process died: traffic goes on, nothing more is recorded"]
+    assert troubles == ["the writer process died: traffic goes on, no more is recorded"]
     assert (summary.seen, summary.rows, summary.losses) == (4, 1, {"writer_died": 3})
     assert open_tape(tmp_path / "a.tape").losses == {"writer_died": 3}
 

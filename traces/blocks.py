@@ -54,30 +54,38 @@ def open_channel(socket_fd: int, memory_fd: int) -> Channel:
 
 
 class BlockSender:
-    """The hot side: `send` a block into a free slot, `poll` for freed slots and notes."""
+    """The hot side: fill the slot that `claim` gives, `commit` it; `poll` for freed slots and notes."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self.memory = channel.memory
         channel.sock.setblocking(False)
         self._free = deque(range(SLOTS))
         self.alive = True
 
-    def send(self, block: bytes | bytearray) -> bool:
-        """True when the block is on its way; False when no slot is free or the writer is gone."""
-        if not self._free or not self.alive:
-            return False
-        slot = self._free.popleft()
-        at = slot * SLOT_BYTES
-        self._channel.memory[at : at + len(block)] = bytes(block)
+    def claim(self) -> int | None:
+        """Where in `memory` a free slot of SLOT_BYTES begins, or None; it is the caller's now."""
+        return self._free.popleft() * SLOT_BYTES if self._free and self.alive else None
+
+    def unclaim(self, at: int) -> None:
+        """Give an unused slot back."""
+        self._free.appendleft(at // SLOT_BYTES)
+
+    def commit(self, at: int, size: int) -> bool:
+        """Hand a filled slot to the writer; False when the writer is gone."""
         try:
-            self._channel.sock.send(_SLOT.pack(_FULL, slot, len(block)))
-        except BlockingIOError:
-            self._free.appendleft(slot)
-            return False
-        except OSError:
+            self._channel.sock.send(_SLOT.pack(_FULL, at // SLOT_BYTES, size))
+        except OSError:  # the socket holds more notes than there are slots: it never fills up
             self.alive = False
+        return self.alive
+
+    def send(self, block: bytearray) -> bool:
+        """Copy a block that waited into a free slot; False when there is none."""
+        at = self.claim()
+        if at is None:
             return False
-        return True
+        self.memory[at : at + len(block)] = block
+        return self.commit(at, len(block))
 
     def poll(self) -> list[bytes]:
         """Notes from the writer; slots that it has read become free."""

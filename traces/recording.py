@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from tokentape.traces import blocks, facts as tape_facts
 from tokentape.traces.errors import TapeError
 from tokentape.traces.recover import recover_locked
 
-BLOCK_BYTES = 256 << 10  # a fuller buffer becomes a block at once
 FLUSH_EVERY_S = 0.1
 MEMORY_BYTES = (
     64 << 20
 )  # waiting for a stalled writer: beyond it detail is dropped, beyond twice rows
 FINISH_TIMEOUT_S = 120.0
 _encode = msgspec.msgpack.Encoder().encode
-_pack = blocks.RECORD.pack
+_pack_into = blocks.RECORD.pack_into
+_RECORD_BYTES = blocks.RECORD.size
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ class Recorder:
         self.tape = tape
         self._lock_fd = lock_fd
         self._on_trouble = on_trouble
-        self._buffer = bytearray()
         self._waiting: deque[bytearray] = deque()
         self._waiting_bytes = 0
         self._streams = 0
@@ -64,6 +64,7 @@ class Recorder:
         self.losses: dict[str, int] = {}
         self._summary: dict[str, Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._told_dead = False
         self._channel, writer_socket, memory_fd = blocks.channel_pair()
         command = [sys.executable, "-m", "tokentape.traces.writer_process"]
         command += [str(writer_socket.fileno()), str(memory_fd), str(lock_fd)]
@@ -78,6 +79,9 @@ class Recorder:
         self._channel.note(json.dumps({"tape": str(tape), **hello}).encode())
         self._wait_ready()
         self._sender = blocks.BlockSender(self._channel)
+        # Records are packed straight into a free slot; into a bytearray while there is none.
+        self._block: mmap | bytearray = bytearray()
+        self._begin = self._at = self._end = 0
 
     @classmethod
     def start(
@@ -131,7 +135,7 @@ class Recorder:
         head: tuple[bytes, bytes, list[tuple[bytes, bytes]]] | None = None,
     ) -> int:
         """Begin a request: ready columns, and the raw head (method, target, headers) to be read."""
-        if self._over(2):
+        if self._waiting_bytes > 2 * MEMORY_BYTES:
             self._lose("rows_dropped")
             return 0
         self._streams += 1
@@ -176,24 +180,35 @@ class Recorder:
     def _data(self, kind: int, stream: int, t_ns: int, data: bytes) -> None:
         if not stream:
             return
-        if self._over(1):
+        if self._waiting_bytes > MEMORY_BYTES:
             self._dropped[stream] = self._dropped.get(stream, 0) + 1
-            return
-        if len(data) <= blocks.MAX_PAYLOAD_BYTES:
+        elif len(data) <= blocks.MAX_PAYLOAD_BYTES:
             self._put(kind, stream, t_ns, data)
-            return
-        for at in range(0, len(data), blocks.MAX_PAYLOAD_BYTES):
-            self._put(kind, stream, t_ns, data[at : at + blocks.MAX_PAYLOAD_BYTES])
+        else:
+            for at in range(0, len(data), blocks.MAX_PAYLOAD_BYTES):
+                self._put(kind, stream, t_ns, data[at : at + blocks.MAX_PAYLOAD_BYTES])
 
     def _put(self, kind: int, stream: int, t_ns: int, payload: bytes) -> None:
-        buffer = self._buffer
-        buffer += _pack(kind, stream, t_ns, len(payload))
-        buffer += payload
-        if len(buffer) >= BLOCK_BYTES:
-            self.flush()
+        size = len(payload)
+        at = self._at
+        body = at + _RECORD_BYTES
+        if body + size > self._end:
+            self._next_block()
+            at = self._at
+            body = at + _RECORD_BYTES
+        _pack_into(self._block, at, kind, stream, t_ns, size)
+        self._at = body + size
+        self._block[body : self._at] = payload
 
-    def _over(self, times: int) -> bool:
-        return self._waiting_bytes > times * MEMORY_BYTES
+    def _next_block(self) -> None:
+        """Hand over the block in hand, go on in a free slot, or in memory when there is none."""
+        self._hand_over()
+        slot = None if self._waiting else self._sender.claim()
+        if slot is None:
+            self._block, self._begin = bytearray(blocks.SLOT_BYTES), 0
+        else:
+            self._block, self._begin = self._sender.memory, slot
+        self._at, self._end = self._begin, self._begin + blocks.SLOT_BYTES
 
     def _lose(self, reason: str, n: int = 1) -> None:
         self.losses[reason] = self.losses.get(reason, 0) + n
@@ -202,20 +217,32 @@ class Recorder:
 
     def flush(self) -> None:
         """Send what is buffered; what finds no free slot waits in bounded memory."""
-        if self._buffer:
-            self._waiting.append(self._buffer)
-            self._waiting_bytes += len(self._buffer)
-            self._buffer = bytearray()
-        was_alive = self._sender.alive
+        self._hand_over()
         for note in self._sender.poll():
             self._heed(json.loads(note))
         while self._waiting and self._sender.send(self._waiting[0]):
             self._waiting_bytes -= len(self._waiting.popleft())
-        if was_alive and not self._sender.alive and self._summary is None:
-            self._on_trouble("the writer process died: traffic goes on, nothing more is recorded")
         if not self._sender.alive:
             self._waiting.clear()
             self._waiting_bytes = 0
+            if self._summary is None and not self._told_dead:
+                self._told_dead = True
+                self._on_trouble("the writer process died: traffic goes on, no more is recorded")
+
+    def _hand_over(self) -> None:
+        """Send the slot in hand, or let its bytearray wait; the next record begins a new block."""
+        size = self._at - self._begin
+        if isinstance(self._block, bytearray):
+            if size:
+                del self._block[size:]
+                self._waiting.append(self._block)
+                self._waiting_bytes += size
+        elif not size:
+            self._sender.unclaim(self._begin)
+        else:
+            self._sender.commit(self._begin, size)
+        self._block = bytearray()
+        self._begin = self._at = self._end = 0
 
     def flush_every(self, loop: asyncio.AbstractEventLoop) -> None:
         """Flush from now on each FLUSH_EVERY_S on this loop, until `finish`."""
