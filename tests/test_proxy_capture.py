@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import fill
 from proxied import capturing, chunk, post, receive, scripted, talk
 
 from tokentape.proxy import master
@@ -262,6 +263,44 @@ def test_a_second_request_on_a_connection_reuses_the_upstream_one(tmp_path: Path
     assert rows[0]["connect_ns"] is not None
     assert rows[1]["connect_ns"] is None
     assert all(r["send_ns"] >= r["arrival_ns"] for r in rows)
+
+
+def test_with_a_full_disk_traffic_goes_on_and_the_loss_is_counted(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(REPLIES["stream"])
+
+    tape = small_disk / "a.tape"
+    with scripted(script) as upstream, capturing(upstream, tape) as proxy:
+        fill(small_disk)
+        for _ in range(20):
+            got = talk(
+                proxy.host, proxy.port, post("/v1/completions", BODY, close=False), b"0\r\n\r\n"
+            )
+            assert got == REPLIES["stream"]
+        said = proxy.stop()
+    assert "20 requests seen, 0 rows, 0 events; 20 lost (disk_full)" in said
+    assert said.count("No space left on device; traffic goes on") == 1
+    assert tmp_path.exists()
+
+
+def test_bodies_that_are_no_json_pass_and_are_recorded_with_their_bytes(tmp_path: Path) -> None:
+    def script(connection: socket.socket, request: bytes) -> None:
+        assert request.endswith(b"\x00\xff{not json")
+        connection.sendall(REPLIES["not json"])
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        for path in ("/v1/chat/completions", "/some/other/path"):
+            got = talk(
+                proxy.host, proxy.port, post(path, b"\x00\xff{not json", close=False), b"hi<"
+            )
+            assert got == REPLIES["not json"]
+        proxy.stop()
+    rows = proxy.rows()
+    assert [r["wire_format"] for r in rows] == ["openai.chat", "unknown"]
+    assert [(r["prompt_bytes"], r["response_bytes"]) for r in rows] == [(11, 9), (11, 9)]
+    assert all(r["parse_status"] not in (None, "ok") for r in rows)
 
 
 def test_a_recorder_that_fails_costs_no_byte() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import fill
 
 from tokentape.traces.check import check
 from tokentape.traces.errors import TapeError
@@ -230,22 +231,6 @@ def test_a_second_life_appends_and_seals_what_the_first_left(tmp_path: Path) -> 
         start(tape)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 300 kB; needs the right to mount."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)],
-        capture_output=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {made.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 def test_a_full_disk_loses_rows_by_count_and_never_the_tape(small_disk: Path) -> None:
     troubles: list[str] = []
     tape = small_disk / "a.tape"
@@ -254,12 +239,12 @@ def test_a_full_disk_loses_rows_by_count_and_never_the_tape(small_disk: Path) ->
     finish(recorder, begin(recorder, now), now)
     recorder.flush()
     wait_for(lambda: open_tape(tape).unsealed_rows == 1, "the first row is journaled")
-    (small_disk / "filler").write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * 4096))
+    filler = fill(small_disk)
     for n in range(50):
         finish(recorder, begin(recorder, now + n), now + n)
     summary = recorder.finish()
     assert summary.seen == 51
     assert summary.losses == {"disk_full": 51}
     assert any("No space left" in t and "traffic goes on" in t for t in troubles)
-    (small_disk / "filler").unlink()
+    filler.unlink()
     assert open_tape(tape).rows + open_tape(tape).unsealed_rows <= 51
