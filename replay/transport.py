@@ -30,6 +30,7 @@ from yarl import URL
 from tokentape.traces.errors import TokentapeError
 
 NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
+NO_REPLY = (aiohttp.ClientError, OSError)  # what a failed request raises
 SKIPPED_HEADERS = ("Accept-Encoding", "User-Agent")  # a compressed reply could not be read at ease
 WARM_AT_ONCE = 64  # connects in flight while warming: below the usual listen backlog of 128
 SPARE_FILES = 128  # descriptors left for everything that is not a connection
@@ -236,12 +237,12 @@ class StampedConnector(aiohttp.TCPConnector):
             exchange.connect_ns = monotonic_ns() - began_ns
         return protocol
 
-    async def warm(self, url: str, count: int) -> int:
+    async def warm(self, url: URL, count: int) -> int:
         """Open connections and leave them in the pool; the number of them.
 
         The first one resolves the name. Raises aiohttp.ClientError when the peer does not take it.
         """
-        request = ClientRequest("GET", URL(url), loop=self._loop)
+        request = ClientRequest("GET", url, loop=self._loop)
         opened = [await self.connect(request, [], NO_TIMEOUT)]
         for start in range(1, count, WARM_AT_ONCE):
             batch = range(start, min(start + WARM_AT_ONCE, count))
@@ -285,7 +286,7 @@ class Client:
             exchange.outcome = "upstream_abort" if exchange.error_type else "ok"
         except TimeoutError:
             exchange.outcome = "timeout"
-        except (aiohttp.ClientError, OSError) as error:
+        except NO_REPLY as error:
             exchange.outcome = "upstream_abort" if exchange.send_ns else "connect_error"
             exchange.error_type = _error_type(error)
         finally:
@@ -328,7 +329,7 @@ async def fetch(
 ) -> tuple[int, str, bytes]:
     """One plain request outside a run: (status, content type, body).
 
-    Raises aiohttp.ClientError, OSError or TimeoutError when there is no reply.
+    Raises TimeoutError, or one of NO_REPLY when there is no reply.
     """
     async with (
         aiohttp.ClientSession(

@@ -1,0 +1,327 @@
+"""The plan of a replay: everything that will be sent, and everything that will not, said before.
+
+Reads the source tape, asks the candidate what it takes, and adds it up. It sends nothing of the
+plan itself. The figures follow from the tape and the options; only how a prompt is written depends
+on the candidate.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from yarl import URL
+
+from tokentape.replay.probe import find_target
+from tokentape.replay.prompts import PromptSource
+from tokentape.replay.schedule import NS_PER_S, Schedule, ScheduleOptions, make_schedule
+from tokentape.replay.sender import Outgoing
+from tokentape.replay.source import Source, read_source
+from tokentape.replay.targets import (
+    ENDPOINTS,
+    Address,
+    Endpoint,
+    Form,
+    Headers,
+    Target,
+    redacted,
+    unprobed,
+)
+from tokentape.traces.errors import UsageError
+from tokentape.traces.reader import open_tape
+
+COARSE_ARRIVALS_NS = 100_000_000  # arrivals stamped no finer than this come in bursts of their own
+_STEP = 0x9E3779B97F4A7C15
+
+
+@dataclass
+class ReplayOptions:
+    """What a user asks for. `headers` and the variable `key_env` hold secrets: never shown."""
+
+    source: Path
+    to: str
+    tape: Path | None = None
+    speed: Fraction = Fraction(1)
+    window: tuple[int | None, int | None] = (None, None)  # ns after the tape's first arrival
+    seed: int = 0
+    model: str | None = None
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    key_env: str | None = None
+    endpoint: str = "recorded"  # or completions, chat
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    timeout_ns: int | None = None  # per request; None waits for ever
+    include_failed: bool = False
+    force: bool = False
+    facts: dict[str, str] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as a tape keeps them: header names without values."""
+        return {
+            "source": str(self.source),
+            "speed": str(self.speed),
+            "window_ns": list(self.window),
+            "seed": self.seed,
+            "model": self.model,
+            "header_names": sorted(self.headers),
+            "key_env": self.key_env,
+            "endpoint": self.endpoint,
+            "max_requests": self.max_requests,
+            "max_tokens": self.max_tokens,
+            "timeout_ns": self.timeout_ns,
+            "include_failed": self.include_failed,
+            "command": redacted(self.command),
+        }
+
+
+@dataclass
+class Plan:
+    """What will be sent; `outgoing(i)` builds the i-th request."""
+
+    options: ReplayOptions
+    source: Source
+    schedule: Schedule
+    target: Target
+    source_facts: dict[str, Any]
+    probed: bool
+
+    def __post_init__(self) -> None:
+        self._prompts = PromptSource(self.source.tape_id, self.options.seed)
+        self._urls = {e: URL(self.target.address.url(e)) for e in self.target.forms}
+        self._headers = self.target.headers.for_sending()
+
+    def __len__(self) -> int:
+        return len(self.schedule.due_ns)
+
+    def endpoint(self, index: int) -> Endpoint:
+        """The endpoint that a row of the source is replayed on."""
+        return _endpoint(self.options.endpoint, chat=bool(self.source.chat[index]))
+
+    def outgoing(self, number: int) -> Outgoing:
+        """The i-th request of the schedule, body and all."""
+        source, index = self.source, int(self.schedule.source_index[number])
+        form = self.target.forms[self.endpoint(index)]
+        input_tokens = int(source.input_tokens[index])
+        output_tokens = max(1, int(source.output_tokens[index]))
+        stream = bool(source.stream[index])
+        request_id = source.request_ids[index]
+        units = form.length.units(input_tokens)
+        draws = self._prompts.draws(request_id, units, source.blocks(index))
+        row = source.columns(index) | form.columns(output_tokens, stream=stream)
+        row |= {
+            "endpoint": self.target.address.path(form.endpoint),
+            "source_request_id": request_id,
+            "planned_input_tokens": input_tokens,
+            "planned_output_tokens": output_tokens,
+        }
+        body = form.body(draws, output_tokens, stream=stream)
+        return Outgoing(self._urls[form.endpoint], self._headers, body, row)
+
+    # -- figures --------------------------------------------------------------------------------
+
+    @property
+    def shortest_input_tokens(self) -> int:
+        """Requests planned shorter than this are exceptions: the template alone is longer."""
+        return max((f.length.shortest_tokens for f in self.target.forms.values()), default=0)
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """All numbers of the plan."""
+        schedule, source = self.schedule, self.source
+        index = schedule.source_index
+        inputs, outputs = source.input_tokens[index], source.output_tokens[index]
+        chat = source.chat[index] if self.options.endpoint == "recorded" else None
+        sessions = source.sessions[index]
+        repeated, blocks = _repeated_blocks(source, index)
+        return {
+            "requests": len(self),
+            "requests_on_tape": len(source),
+            "chat_requests": int(chat.sum())
+            if chat is not None
+            else (len(self) if self.options.endpoint == "chat" else 0),
+            "sessions": len(np.unique(sessions[sessions >= 0])),
+            "recorded_span_ns": schedule.recorded_span_ns,
+            "span_ns": schedule.span_ns,
+            "mean_per_s": round(schedule.mean_per_s, 4),
+            "peak_per_s": schedule.peak_per_s,
+            "estimated_peak_in_flight": schedule.peak_in_flight,
+            "input_tokens": int(inputs.sum()),
+            "output_tokens": int(np.maximum(outputs, 1).sum()),
+            "prefix_blocks": blocks,
+            "prefix_blocks_repeated": repeated,
+            "left_out": {reason: len(rows) for reason, rows in schedule.left_out.items()},
+            "too_short_for_template": self._too_short(inputs, index),
+            "without_output": int((outputs < 1).sum()),
+            "several_choices": self._several_choices(index),
+        }
+
+    def _too_short(self, inputs: Any, index: Any) -> int:
+        chat = self.source.chat[index]
+        short = np.zeros(len(index), dtype=np.bool_)
+        for endpoint, form in self.target.forms.items():
+            here = [_endpoint(self.options.endpoint, chat=bool(c)) == endpoint for c in chat]
+            short |= np.array(here, dtype=np.bool_) & (inputs < form.length.shortest_tokens)
+        return int(short.sum())
+
+    def _several_choices(self, index: Any) -> int:
+        choices = self.source.table["n_choices"].take(pa.array(index))
+        return int(pc.sum(pc.greater(choices, 1)).as_py() or 0)
+
+    # -- words ----------------------------------------------------------------------------------
+
+    def json(self) -> dict[str, Any]:
+        """The plan for machines, and for the run's tape."""
+        return {
+            **self.figures,
+            "speed": str(self.options.speed),
+            "turns": "open",
+            "seed": self.options.seed,
+            "candidate": self.candidate(),
+            "warnings": self.warnings(),
+        }
+
+    def candidate(self) -> dict[str, Any]:
+        """What is known of the candidate, without credentials."""
+        forms = self.target.forms.items()
+        return {
+            "url": self.target.address.base,
+            "model": self.target.model,
+            "prompts": {name: form.rung for name, form in forms},
+            "output_pinning": {name: str(form.pinning) for name, form in forms},
+            "asked": self.probed,
+            **self.options.facts,
+        }
+
+    def warnings(self) -> list[str]:
+        """What a reader of the results has to know."""
+        figures, found = self.figures, list(self.target.notes)
+        step = self.source_facts.get("arrival_resolution_ns")
+        if step and step >= COARSE_ARRIVALS_NS:
+            found.append(
+                f"the tape's arrivals are {step / NS_PER_S:.1f} s apart or together: its bursts are "
+                "those of its clock, not of its users"
+            )
+        if self.source.dependent:
+            found.append(
+                f"{self.source.dependent} requests waited for others when recorded; here each is "
+                "sent at its own time, whether those have ended or not"
+            )
+        if figures["too_short_for_template"]:
+            found.append(
+                f"{figures['too_short_for_template']} prompts are shorter than the candidate's "
+                "template: sent as short as possible, counted as exceptions"
+            )
+        if figures["without_output"]:
+            found.append(f"{figures['without_output']} requests had no output: one token is asked")
+        if figures["several_choices"]:
+            found.append(
+                f"{figures['several_choices']} requests had several choices: replayed as one "
+                "choice with all their tokens"
+            )
+        if self.source.approximate_blocks:
+            found.append(
+                "prefix blocks are counted in bytes: shared prefixes are about right "
+                f"({self.source.bytes_per_token:.2f} bytes per token)"
+            )
+        found += [f"{n} {what}" for what, n in self.source.guessed.items()]
+        return found
+
+    def text(self) -> str:
+        """The plan for people, printed before anything is sent."""
+        f = self.figures
+        recorded, span = _duration(f["recorded_span_ns"]), _duration(f["span_ns"])
+        chat, plain = f["chat_requests"], f["requests"] - f["chat_requests"]
+        kinds = " and ".join(
+            f"{n} {name}" for n, name in ((plain, "completions"), (chat, "chat")) if n
+        )
+        lines = [
+            f"plan: {f['requests']} of {f['requests_on_tape']} requests"
+            + (f" ({kinds})" if kinds else "")
+            + (f", {f['sessions']} sessions" if f["sessions"] else ""),
+            f"  candidate: {self.target.address.base}, model {self.target.model}",
+            f"  span: {span} (recorded {recorded}, speed {_factor(self.options.speed)})",
+            f"  rate: mean {f['mean_per_s']:.2f}/s, peak {f['peak_per_s']} in one second, "
+            f"about {f['estimated_peak_in_flight']} in flight at most",
+            f"  tokens: {f['input_tokens']:,} in, {f['output_tokens']:,} out",
+        ]
+        if f["prefix_blocks"]:
+            share = 100 * f["prefix_blocks_repeated"] / f["prefix_blocks"]
+            lines.append(
+                f"  prefixes: {share:.1f} % of {f['prefix_blocks']:,} blocks repeat earlier ones"
+            )
+        else:
+            lines.append("  prefixes: the tape knows none, so no two prompts share one")
+        for name, form in self.target.forms.items():
+            lines.append(f"  prompts on {name}: {form.rung}")
+            lines.append(f"  output length on {name}: {form.pinning}")
+        lines += [f"  left out: {n} {reason}" for reason, n in f["left_out"].items()]
+        lines += [f"  note: {warning}" for warning in self.warnings()]
+        return "\n".join(lines)
+
+
+def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
+    """Plan a replay; asks the candidate what it takes unless `offline`.
+
+    Raises UsageError for an option that cannot be right, TapeError for a source that cannot be
+    read, TokentapeError for a candidate that is dead or refuses.
+    """
+    address = Address.parse(options.to)
+    headers = Headers.gather(options.headers, options.key_env, address.userinfo)
+    if options.endpoint not in ("recorded", *ENDPOINTS):
+        raise UsageError(f"--endpoint {options.endpoint}: give recorded, completions or chat")
+    tape = open_tape(options.source)
+    source = read_source(tape, include_failed=options.include_failed)
+    wanted = ScheduleOptions(
+        options.speed, options.window, options.max_requests, options.max_tokens
+    )
+    try:
+        schedule = make_schedule(source.offered, wanted)
+    except ValueError as error:
+        raise UsageError(f"--speed: {error}") from None
+    if not len(schedule.due_ns):
+        why = ", ".join(f"{len(v)} {name}" for name, v in schedule.left_out.items())
+        raise UsageError(f"{options.source}: nothing to replay ({why})")
+    chats = np.unique(source.chat[schedule.source_index])
+    endpoints = sorted({_endpoint(options.endpoint, chat=bool(c)) for c in chats})
+    if offline:
+        target = unprobed(address, headers, options.model or "unknown", endpoints)
+    else:
+        target = asyncio.run(find_target(address, headers, options.model, endpoints))
+    return Plan(options, source, schedule, target, tape.facts, probed=not offline)
+
+
+def _endpoint(wanted: str, *, chat: bool) -> Endpoint:
+    if wanted == "recorded":
+        return "chat" if chat else "completions"
+    return "chat" if wanted == "chat" else "completions"
+
+
+def _repeated_blocks(source: Source, index: Any) -> tuple[int, int]:
+    """Blocks that an endless prefix cache would have seen before, and all blocks."""
+    rows = source.table.take(pa.array(index))
+    lists = rows["block_hashes"].combine_chunks()
+    hashes = pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64)
+    parents = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
+    local = np.asarray(pc.fill_null(pc.equal(rows["block_scope"], "session"), fill_value=False))
+    spaces = np.where(local, source.sessions[index] + 1, 0).astype(np.uint64)
+    distinct = np.unique(hashes ^ (spaces[parents] * np.uint64(_STEP)))
+    return len(hashes) - len(distinct), len(hashes)
+
+
+def _duration(ns: int) -> str:
+    seconds = ns / NS_PER_S
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def _factor(speed: Fraction) -> str:
+    return f"{float(speed):g}x"

@@ -1,0 +1,205 @@
+"""Asks a candidate once, before a run, what it takes: model, prompts, lengths, pinning.
+
+A probe costs the candidate a few requests of one token. Each refusal steps one rung down a fixed
+ladder, and the rung reached is said in the plan. It must end in one clear line when the candidate
+is dead or does not let us in, and never shows a header's value.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from time import monotonic_ns
+from typing import Any
+
+from tokentape.replay.prompts import Draws, Length, PromptSource, TokenIds, Words, Writing
+from tokentape.replay.targets import (
+    WIRE_FORMATS,
+    Address,
+    Endpoint,
+    Form,
+    Headers,
+    Pinning,
+    Target,
+)
+from tokentape.replay.transport import NO_REPLY, fetch
+from tokentape.traces.errors import TokentapeError
+from tokentape.traces.wire import reply_parser
+
+PROBE_TIMEOUT_S = 60.0  # an engine may compile on its first request
+SHORT, LONG = 8, 40  # units of the two prompts that find the length rule
+REFUSED = (400, 415, 422, 501)  # the server read the request and does not take it as it is
+
+# What the candidate is asked to fix, from most to least; the first set that it takes is used.
+LADDER = (
+    Pinning(),
+    Pinning(min_tokens=False),
+    Pinning(min_tokens=False, ignore_eos=False),
+    Pinning("max_completion_tokens", min_tokens=False, ignore_eos=False),
+    Pinning(min_tokens=False, ignore_eos=False, include_usage=False),
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One probe's reply: HTTP status, the prompt tokens that it counted, and its error text."""
+
+    status: int
+    prompt_tokens: int | None = None
+    message: str = ""
+
+
+class Probe:
+    """Questions to one candidate."""
+
+    def __init__(self, address: Address, headers: Headers) -> None:
+        self._address = address
+        self._headers = headers
+        self._numbers = itertools.count()
+        self._prompts = PromptSource(f"probe {monotonic_ns()}", 0)  # never cached by the candidate
+        self.notes: list[str] = []
+
+    async def model(self) -> str:
+        """The first model that the candidate offers."""
+        status, _, body = await self._fetch("GET", self._address.base + "/models", None)
+        if status != 200:
+            raise TokentapeError(
+                f"{self._address.base}/models answers {status}: name the model with --model"
+            )
+        names = [str(m["id"]) for m in _list(_json(body), "data") if "id" in m]
+        if not names:
+            raise TokentapeError(f"{self._address.base}/models names no model: use --model")
+        if len(names) > 1:
+            self.notes.append(f"the candidate offers {len(names)} models; {names[0]} is asked")
+        return names[0]
+
+    async def form(self, endpoint: Endpoint, model: str) -> Form:
+        """How an endpoint is to be asked; TokentapeError when it takes no rung of the ladder."""
+        answer = Answer(0)
+        for form in _rungs(endpoint, model):
+            answer = await self._ask(form, SHORT)
+            if answer.status == 200:
+                return await self._with_length(form, answer)
+            if answer.status not in REFUSED:
+                break
+        raise self._refusal(endpoint, answer)
+
+    def _refusal(self, endpoint: Endpoint, answer: Answer) -> TokentapeError:
+        url = self._address.url(endpoint)
+        if answer.status == 404:
+            other = "chat" if endpoint == "completions" else "completions"
+            said = f" ({answer.message})" if answer.message else ""
+            return TokentapeError(
+                f"{url} answers 404{said}: check --to and --model, or try --endpoint {other}"
+            )
+        return TokentapeError(
+            f"{url} answers {answer.status}: {answer.message or 'no reason given'}"
+        )
+
+    async def _with_length(self, form: Form, short: Answer) -> Form:
+        """The form with the length rule that two counted prompts give."""
+        units = "token ids" if isinstance(form.writing, TokenIds) else "words"
+        if units == "words":
+            counted = [await self._tokenize(form, n) for n in (SHORT, LONG)]
+            if (rule := _rule(*counted)) is not None and short.prompt_tokens in (counted[0], None):
+                return replace(form, length=rule, rung=_said(units, rule, "/tokenize"))
+        long = await self._ask(form, LONG)
+        rule = _rule(short.prompt_tokens, long.prompt_tokens)
+        if rule is None:
+            rung = f"{units}, one each; the candidate's usage does not count them, so not verified"
+            return replace(form, rung=rung)
+        return replace(form, length=rule, rung=_said(units, rule, "usage"))
+
+    async def _ask(self, form: Form, units: int) -> Answer:
+        body = form.body(self._draws(units), 1, stream=True)
+        url = self._address.url(form.endpoint)
+        status, kind, reply = await self._fetch("POST", url, body)
+        parser = reply_parser(WIRE_FORMATS[form.endpoint], True, status, kind, "")
+        parser.feed(reply, monotonic_ns(), 1)
+        columns = parser.finish(monotonic_ns(), complete=True).columns
+        message = "" if status == 200 else self._message(reply)
+        return Answer(status, columns.get("input_tokens"), message)
+
+    async def _tokenize(self, form: Form, units: int) -> int | None:
+        """Tokens of such a prompt by vLLM's /tokenize; None where there is no such thing."""
+        asked = json.loads(form.body(self._draws(units), 1, stream=False))
+        question = {k: v for k, v in asked.items() if k in ("model", "prompt", "messages")}
+        url = self._address.root + "/tokenize"
+        status, _, reply = await self._fetch("POST", url, json.dumps(question).encode())
+        count = _json(reply).get("count") if status == 200 else None
+        return count if isinstance(count, int) else None
+
+    def _draws(self, units: int) -> Draws:
+        return self._prompts.draws(next(self._numbers).to_bytes(8), units)
+
+    async def _fetch(self, method: str, url: str, body: bytes | None) -> tuple[int, str, bytes]:
+        headers = self._headers.for_sending()
+        try:
+            status, kind, reply = await fetch(method, url, headers, body, PROBE_TIMEOUT_S)
+        except TimeoutError:
+            raise TokentapeError(
+                f"{url}: no reply within {PROBE_TIMEOUT_S:.0f} s; is the candidate ready?"
+            ) from None
+        except NO_REPLY as error:
+            why = self._headers.hide(str(error))[:160]
+            raise TokentapeError(
+                f"{url}: nothing answers ({why}); start it or check --to"
+            ) from None
+        if status in (401, 403):
+            how = "the given credential is refused" if self._headers.names else "give --key-env VAR"
+            raise TokentapeError(f"{url} answers {status}: {how}")
+        return status, kind, reply
+
+    def _message(self, reply: bytes) -> str:
+        """The server's own reason, on one line."""
+        error = _json(reply).get("error", _json(reply).get("message"))
+        text = error.get("message") if isinstance(error, dict) else error
+        shown = str(text) if text else reply.decode(errors="replace")
+        return self._headers.hide(" ".join(shown.split()))[:200]
+
+
+def _rungs(endpoint: Endpoint, model: str) -> Iterator[Form]:
+    """Forms to try: token ids before words where the endpoint may take them."""
+    writings: list[Writing] = [TokenIds(), Words()] if endpoint == "completions" else [Words()]
+    for writing in writings:
+        for pinning in LADDER:
+            yield Form(endpoint, model, writing, Length(), pinning, "")
+
+
+def _rule(short: int | None, long: int | None) -> Length | None:
+    if short is None or long is None:
+        return None
+    return Length.through((SHORT, short), (LONG, long))
+
+
+def _said(units: str, rule: Length, by: str) -> str:
+    if not rule.exact:
+        return f"{units}, {rule.per_unit:.2f} tokens each by {by}: lengths are about right"
+    template = f" + {rule.overhead:.0f} of the template" if rule.overhead else ""
+    return f"{units}, one token each{template} by {by}: lengths are exact"
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    items = value.get(name)
+    return [i for i in items if isinstance(i, dict)] if isinstance(items, list) else []
+
+
+async def find_target(
+    address: Address, headers: Headers, model: str | None, endpoints: Iterable[Endpoint]
+) -> Target:
+    """Ask the candidate everything that a run needs to know.
+
+    Raises TokentapeError (dead, refusing, or not speaking the endpoint) with one line to act on.
+    """
+    probe = Probe(address, headers)
+    name = model or await probe.model()
+    forms = {endpoint: await probe.form(endpoint, name) for endpoint in endpoints}
+    return Target(address, headers, name, forms, tuple(probe.notes))

@@ -1,0 +1,230 @@
+"""Says how a candidate is asked: its URLs, headers, and the bytes of a request body.
+
+Pure: what a candidate takes is found by `probe.py` and held here. Header values and keys are
+secrets: they leave this file only inside `Headers.for_sending`, never in a repr, a log, an error or
+a tape.
+"""
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from tokentape.replay.prompts import Draws, Length, TokenIds, Words, Writing
+from tokentape.traces.errors import UsageError
+
+Endpoint = Literal["completions", "chat"]
+ENDPOINTS: tuple[Endpoint, ...] = ("completions", "chat")
+PATHS: dict[Endpoint, str] = {"completions": "/completions", "chat": "/chat/completions"}
+WIRE_FORMATS: dict[Endpoint, str] = {"completions": "openai.completions", "chat": "openai.chat"}
+OPERATIONS: dict[Endpoint, str] = {"completions": "text_completion", "chat": "chat"}
+
+
+class Headers:
+    """Request headers whose values are shown to nobody."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self._values = dict(values)
+
+    def __repr__(self) -> str:
+        return f"Headers({', '.join(self.names)})"
+
+    @property
+    def names(self) -> list[str]:
+        """Names only."""
+        return sorted(self._values)
+
+    def for_sending(self) -> dict[str, str]:
+        """The values, for the wire."""
+        return {"Content-Type": "application/json", "Accept": "*/*", **self._values}
+
+    def hide(self, text: str) -> str:
+        """A text with every value taken out, should a server have repeated one."""
+        for value in self._values.values():
+            for secret in {value, value.removeprefix("Bearer ")}:
+                text = text.replace(secret, "[hidden]") if len(secret) > 3 else text
+        return text
+
+    @classmethod
+    def gather(cls, given: Mapping[str, str], key_env: str | None, userinfo: str = "") -> "Headers":
+        """Headers from --header, --key-env and the URL; UsageError for one that cannot be sent."""
+        values = dict(given)
+        for name, value in values.items():
+            if not name.isascii() or not name or any(c in name for c in " :\r\n\t"):
+                raise UsageError(f"--header: {name!r} is no header name")
+            if any(c in value for c in "\r\n\0"):
+                raise UsageError(f"--header {name}: the value holds a line break")
+        if userinfo:
+            values["Authorization"] = "Basic " + base64.b64encode(userinfo.encode()).decode()
+        if key_env is not None:
+            key = os.environ.get(key_env, "").strip()
+            if not key:
+                raise UsageError(f"--key-env: the variable {key_env} is not set or empty")
+            values["Authorization"] = f"Bearer {key}"
+        return cls(values)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a candidate is, without credentials; `userinfo` is kept apart and never shown."""
+
+    base: str  # ends in the API's prefix, such as /v1
+    userinfo: str = field(default="", repr=False)
+
+    @property
+    def root(self) -> str:
+        """The server itself: engines answer /tokenize there."""
+        return self.base.removesuffix("/v1")
+
+    def path(self, endpoint: Endpoint) -> str:
+        """The request path of an endpoint."""
+        return urlsplit(self.base).path + PATHS[endpoint]
+
+    def url(self, endpoint: Endpoint) -> str:
+        """The whole URL of an endpoint."""
+        return self.base + PATHS[endpoint]
+
+    @classmethod
+    def parse(cls, to: str) -> "Address":
+        """An address from --to; /v1 is added where no path is given. UsageError names the fault."""
+        try:
+            url = urlsplit(to)
+            port = url.port
+        except ValueError as error:
+            raise UsageError(f"--to: {error}; give a URL such as http://127.0.0.1:8000") from None
+        if url.scheme not in ("http", "https"):
+            scheme = f"unknown URL scheme {url.scheme}://" if "://" in to else "not a URL"
+            raise UsageError(f"--to: {scheme}; give http://HOST:PORT or https://HOST")
+        if not url.hostname or url.query or url.fragment:
+            raise UsageError(
+                "--to: give a host and at most a path, such as http://127.0.0.1:8000/v1"
+            )
+        host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
+        path = url.path.rstrip("/") or "/v1"
+        for tail in ("/chat/completions", "/completions"):
+            path = path.removesuffix(tail)
+        userinfo = unquote(url.netloc.rpartition("@")[0])
+        return cls(f"{url.scheme}://{host}{f':{port}' if port else ''}{path}", userinfo)
+
+
+@dataclass(frozen=True)
+class Pinning:
+    """What of the output length a candidate lets us fix, and what it is called there."""
+
+    limit: str = "max_tokens"
+    min_tokens: bool = True
+    ignore_eos: bool = True
+    include_usage: bool = True
+
+    @property
+    def exact(self) -> bool:
+        """True when the candidate cannot stop earlier than asked."""
+        return self.ignore_eos or self.min_tokens
+
+    def __str__(self) -> str:
+        names = [self.limit, *(n for n in ("min_tokens", "ignore_eos") if getattr(self, n))]
+        return " + ".join(names) + ("" if self.exact else " only: the candidate may stop earlier")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one endpoint of a candidate is asked: how prompts are written and lengths are fixed.
+
+    `rung` says in words how the prompt length is reached; it stands in the plan and on the tape.
+    """
+
+    endpoint: Endpoint
+    model: str
+    writing: Writing
+    length: Length
+    pinning: Pinning
+    rung: str
+
+    def body(self, draws: Draws, output_tokens: int, *, stream: bool) -> bytes:
+        """The request body; `draws` has one entry per unit that `length` asks for."""
+        text = self.writing.write(draws)
+        inside = b"[" + text + b"]" if isinstance(self.writing, TokenIds) else b'"' + text + b'"'
+        if self.endpoint == "chat":
+            prompt = b'"messages":[{"role":"user","content":' + inside + b"}]"
+        else:
+            prompt = b'"prompt":' + inside
+        rest = json.dumps(self.settings(output_tokens, stream=stream), separators=(",", ":"))
+        model = json.dumps(self.model).encode()
+        return b'{"model":' + model + b"," + prompt + b"," + rest[1:].encode()
+
+    def settings(self, output_tokens: int, *, stream: bool) -> dict[str, Any]:
+        """The scalars of a body."""
+        pin = self.pinning
+        settings: dict[str, Any] = {pin.limit: output_tokens}
+        if pin.min_tokens:
+            settings["min_tokens"] = output_tokens
+        if pin.ignore_eos:
+            settings["ignore_eos"] = True
+        settings["stream"] = stream
+        if stream and pin.include_usage:
+            settings["stream_options"] = {"include_usage": True}
+        return settings
+
+    def columns(self, output_tokens: int, *, stream: bool) -> dict[str, Any]:
+        """What a row says about such a request."""
+        pin = self.pinning
+        return {
+            "operation": OPERATIONS[self.endpoint],
+            "wire_format": WIRE_FORMATS[self.endpoint],
+            "stream": stream,
+            "model_requested": self.model,
+            "n_choices": 1,
+            "max_tokens": output_tokens,
+            "min_tokens": output_tokens if pin.min_tokens else None,
+            "ignore_eos": True if pin.ignore_eos else None,
+            "include_usage": True if stream and pin.include_usage else None,
+            "message_count": 1 if self.endpoint == "chat" else None,
+        }
+
+
+@dataclass(frozen=True)
+class Target:
+    """A candidate as it will be asked: where, with which headers, in which forms."""
+
+    address: Address
+    headers: Headers
+    model: str
+    forms: dict[Endpoint, Form]
+    notes: tuple[str, ...] = ()
+
+
+def unprobed(
+    address: Address, headers: Headers, model: str, endpoints: Iterable[Endpoint]
+) -> Target:
+    """A target nobody has asked: what a plan assumes while it stays offline."""
+    forms = {
+        endpoint: Form(
+            endpoint,
+            model,
+            TokenIds() if endpoint == "completions" else Words(),
+            Length(),
+            Pinning(),
+            "assumed, the candidate was not asked",
+        )
+        for endpoint in endpoints
+    }
+    return Target(address, headers, model, forms)
+
+
+def redacted(command: Iterable[str]) -> list[str]:
+    """A command line as a tape may keep it: no header values, no credentials in URLs."""
+    kept: list[str] = []
+    for word in command:
+        if kept and kept[-1] == "--header":
+            kept.append(word.split("=", 1)[0] + "=[hidden]")
+        elif word.startswith("--header="):
+            kept.append("--header=" + word.split("=", 2)[1] + "=[hidden]")
+        elif "://" in word and "@" in word:
+            scheme, _, rest = word.partition("://")
+            kept.append(f"{scheme}://[hidden]@{rest.rpartition('@')[2]}")
+        else:
+            kept.append(word)
+    return kept
