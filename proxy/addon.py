@@ -78,7 +78,7 @@ class Exchange:
 
 
 class Capture:
-    """The add-on. `open_flows` are those in flight, `errors` counts what went wrong in recording."""
+    """The add-on: `open_flows` are in flight, `errors` counts what went wrong in recording."""
 
     def __init__(self, recorder: Recorder, worker: str) -> None:
         self._recorder = recorder

@@ -65,7 +65,7 @@ def capture(options: CaptureOptions, on_ready: Callable[[str], None]) -> Capture
         bound = master.bind(host, port)
     except OSError as error:
         raise UsageError(
-            f"--listen {options.listen}: {error.strerror}; choose another port, or 0 for any free one"
+            f"--listen {options.listen}: {error.strerror}; choose another port, or 0 for a free one"
         ) from None
     # mode none keeps no key: its digests group callers within this life only
     key = (

@@ -1,7 +1,7 @@
 """mitmproxy set up for LLM streams: its own Master, listener, options, drain.
 
-Why each option: reference comments beside it. Never mitmdump: its other add-ons double the cost of a
-request. HTTP/2 on the listening side stays off until its buffers are bounded.
+Why each option: the comment beside it. Never mitmdump: its other add-ons double the cost
+of a request. HTTP/2 on the listening side stays off until its buffers are bounded.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class TapeInstance(mode_servers.AsyncioServerInstance[TapeMode]):
         """Every connection is a reverse-proxied one."""
         return layers.modes.ReverseProxy(context)
 
-    async def listen(self, host: str, port: int) -> list[Any]:  # noqa: ARG002 - bound already
+    async def listen(self, host: str, port: int) -> list[Any]:
         """Serve the bound socket."""
         return [await asyncio.start_server(self.handle_stream, sock=self.bound, backlog=BACKLOG)]
 
@@ -73,7 +73,7 @@ class ErrorCounter(logging.Handler):
         """Count, and say the first ones."""
         self.count += 1
         if self.count <= 5:
-            print(f"tokentape: proxy: {record.getMessage()}", file=sys.stderr)
+            sys.stderr.write(f"tokentape: proxy: {record.getMessage()}\n")
 
 
 def build(upstream: str, bound: socket.socket, capture: Capture) -> master.Master:
@@ -127,11 +127,11 @@ async def serve(
     logging.getLogger().addHandler(errors)
     logging.getLogger().setLevel(logging.WARNING)
     for name in traps.apply(capture.note):
-        print(f"tokentape: this mitmproxy does not allow the remedy {name!r}", file=sys.stderr)
+        sys.stderr.write(f"tokentape: this mitmproxy does not allow the remedy {name!r}\n")
     m = build(upstream, bound, capture)
     running = asyncio.ensure_future(m.run())
     proxy = m.addons.get("proxyserver")
-    while not running.done() and not any(s.is_running for s in proxy.servers):
+    while not running.done() and not any(s.is_running for s in proxy.servers):  # noqa: ASYNC110
         await asyncio.sleep(0.005)
     gc.collect()
     gc.freeze()

@@ -1,7 +1,7 @@
 """Remedies for the places where stock mitmproxy breaks LLM traffic; each has its test.
 
-Every patch touches private parts of mitmproxy, so `apply` first checks that they are there: a missing
-one switches that remedy off and is named, it never stops traffic.
+Every patch touches private parts of mitmproxy, so `apply` checks that they are there: a missing one
+switches that remedy off and is named, it never stops traffic.
 """
 
 import asyncio

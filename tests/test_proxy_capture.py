@@ -1,4 +1,4 @@
-"""The proxy in front of a server that is scripted byte by byte: what passes, and what is recorded."""
+"""The proxy in front of a server scripted byte by byte: what passes, and what is recorded."""
 
 import json
 import signal
@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+
 from conftest import fill
 from proxied import capturing, chunk, post, receive, scripted, talk
-
 from tokentape.proxy import master
 from tokentape.proxy.addon import Capture, Exchange
 from tokentape.proxy.capture import checked_listen, checked_upstream
@@ -121,9 +121,7 @@ def test_the_upstream_gets_the_prompt_while_it_is_still_being_uploaded(tmp_path:
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=peeking, args=(server,))
         thread.start()
-        with capturing(
-            "http://127.0.0.1:%d" % server.getsockname()[1], tmp_path / "a.tape"
-        ) as proxy:
+        with capturing(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path / "a.tape") as proxy:
             with socket.create_connection((proxy.host, proxy.port), timeout=10) as client:
                 whole = post("/v1/completions", b"first" + b"second")
                 client.sendall(whole[: -len(b"second")])

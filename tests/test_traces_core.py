@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from rows import make_tape, streamed_row
 
 import tokentape
+from rows import make_tape, streamed_row
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.clock import TapeClock, take_anchor, wall_unix_ns
 from tokentape.traces.errors import TapeError

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import make_tape, streamed_row
 
+from rows import make_tape, streamed_row
 from tokentape.traces import journal
 from tokentape.traces.journal import Journal, count_unsealed, read_records
 from tokentape.traces.recover import recover

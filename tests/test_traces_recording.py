@@ -1,4 +1,4 @@
-"""Recording end to end with the real writer process: what survives when something dies or stalls."""
+"""Recording with the real writer process: what survives when something dies or stalls."""
 
 import fcntl
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import fill
 
+from conftest import fill
 from tokentape.traces.check import check
 from tokentape.traces.errors import TapeError
 from tokentape.traces.reader import open_tape

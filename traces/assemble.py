@@ -4,7 +4,6 @@ Runs in the writer process. Bodies are held only until they are parsed; what goe
 to the rows has passed the privacy mode. It never raises on what a client or a server sent.
 """
 
-import struct
 from typing import Any, Protocol
 
 import msgspec
@@ -271,9 +270,7 @@ class Assembler:
 
 def _merge_reply(row: dict[str, Any], reply: Reply) -> None:
     """The parsed reply's columns, and the outcome that only the body can tell."""
-    for name, value in reply.columns.items():
-        if value is not None:
-            row[name] = value
+    row.update({name: value for name, value in reply.columns.items() if value is not None})
     if row["outcome"] == "ok":
         if (row.get("http_status") or 0) >= 400:
             row["outcome"] = "http_error"

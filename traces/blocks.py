@@ -1,7 +1,7 @@
 """Blocks of raw records through anonymous shared memory, from a hot process to its writer process.
 
-Slots of one memfd carry the bytes, a SEQPACKET socket carries who owns a slot. Sending copies into a
-free slot or says that there is none; it never waits. What crosses here is raw and stays in memory.
+Slots of one memfd carry the bytes, a SEQPACKET socket says who owns a slot. A sender fills a free
+slot or is told that there is none; it never waits. What crosses here is raw and stays in memory.
 """
 
 import mmap
@@ -31,7 +31,7 @@ class Channel:
     memory: mmap.mmap
 
     def note(self, message: bytes) -> None:
-        """Send a control message; the receiver gets the same bytes. Raises OSError when it is gone."""
+        """Send a control message; raises OSError when the other side is gone."""
         self.sock.send(bytes([_NOTE]) + message)
 
     def close(self) -> None:
@@ -54,7 +54,7 @@ def open_channel(socket_fd: int, memory_fd: int) -> Channel:
 
 
 class BlockSender:
-    """The hot side: fill the slot that `claim` gives, `commit` it; `poll` for freed slots and notes."""
+    """The hot side: `claim` a slot, fill and `commit` it; `poll` for freed slots and notes."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel

@@ -1,7 +1,7 @@
 """Invariants of a tape, checked on every sealed row: what is broken, where, and how often.
 
-An `error` means that numbers from this tape would be wrong; a `warning` that something is missing and
-counted. Works segment by segment, so a tape may be larger than memory.
+An `error` means that numbers from this tape would be wrong, a `warning` that something is missing
+and counted. Works segment by segment, so a tape may be larger than memory.
 """
 
 from collections import Counter
@@ -74,19 +74,18 @@ def _missing(tape: Tape) -> list[Finding]:
 
 def segment_problems(table: pa.Table) -> list[tuple[str, int]]:
     """(what is broken, rows) for the rows of one segment."""
-    problems: list[tuple[str, int]] = []
-    for name in set(table.schema.names) & set(REQUESTS.names):
-        if table.schema.field(name).type != REQUESTS.field(name).type:
-            problems.append((f"{name} is {table.schema.field(name).type}", table.num_rows))
+    problems = [
+        (f"{field.name} is of type {field.type}", table.num_rows)
+        for field in table.schema
+        if field.name in REQUESTS.names and field.type != REQUESTS.field(field.name).type
+    ]
+    for field in REQUESTS:  # an older segment may lack columns
+        if field.name not in table.schema.names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
     problems += _order_problems(table)
     problems += _list_problems(table)
     for name, known in (("outcome", OUTCOMES), ("event_clock", CLOCKS), ("arrival_clock", CLOCKS)):
-        column = (
-            table[name].drop_null()
-            if name in table.schema.names
-            else pa.chunked_array([[]], pa.string())
-        )
-        odd = pc.sum(pc.invert(pc.is_in(column, pa.array(known)))).as_py() or 0
+        odd = pc.sum(pc.invert(pc.is_in(table[name].drop_null(), pa.array(known)))).as_py() or 0
         problems.append((f"{name} is none of {', '.join(known)}", odd))
     return [(what, n) for what, n in problems if n]
 
@@ -133,7 +132,7 @@ def _decreasing_rows(column: Any) -> int:
 
 
 def _token_mismatches(table: pa.Table, ntok: Any) -> int:
-    """Rows that ended well, and whose events do not add up to the tokens that the server counted."""
+    """Rows that ended well, whose events do not add up to the tokens that the server counted."""
     values = pc.list_flatten(ntok).to_numpy(zero_copy_only=False).astype(np.int64)
     owner = pc.list_parent_indices(ntok).to_numpy(zero_copy_only=False)
     sums = np.bincount(owner, weights=values, minlength=table.num_rows).astype(np.int64)

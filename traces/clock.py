@@ -54,7 +54,7 @@ def boot_id() -> str:
 
 @dataclass(frozen=True)
 class TapeClock:
-    """Converts one process's monotonic stamps to a tape's time; one anchor serves a whole incarnation.
+    """Converts one process's monotonic stamps to tape time; one anchor serves an incarnation.
 
     Later anchors are stored beside it and never applied, so differences stay those of the
     monotonic clock whatever the wall clock does.

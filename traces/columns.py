@@ -16,7 +16,7 @@ _FLAT = {pa.int64(): np.int64, pa.uint32(): np.uint32, pa.uint16(): np.uint16, p
 
 def _flat_lists(values: Sequence[Any], type_: pa.ListType, dtype: Any) -> pa.Array:
     """A list column from buffers of one dtype; None stays NULL."""
-    chunks = [None if v is None else np.asarray(_view(v, dtype), dtype=dtype) for v in values]
+    chunks = [None if v is None else np.asarray(_view(v), dtype=dtype) for v in values]
     sizes = np.array([0 if c is None else len(c) for c in chunks], dtype=np.int64)
     offsets = np.zeros(len(chunks) + 1, dtype=np.int32)
     np.cumsum(sizes, out=offsets[1:])
@@ -28,7 +28,7 @@ def _flat_lists(values: Sequence[Any], type_: pa.ListType, dtype: Any) -> pa.Arr
     )
 
 
-def _view(value: Any, dtype: Any) -> Any:
+def _view(value: Any) -> Any:
     return np.frombuffer(value, dtype=np.uint8) if isinstance(value, (bytes, bytearray)) else value
 
 

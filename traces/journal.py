@@ -1,7 +1,8 @@
 """The journal: parsed, mode-filtered records that are not sealed yet; survives kill -9.
 
 `journal/<incarnation>-<n>.journal` holds every row finished since the last seal and every request
-open now; after a seal the next file takes over. A record is length, CRC-32 and a msgpack array; a torn tail is dropped.
+open now; after a seal the next file takes over. A record is length, CRC-32 and a msgpack array; a
+torn tail is dropped.
 A row whose request id is in a segment of the same incarnation is sealed already.
 Only what has passed the privacy mode may be written here.
 """

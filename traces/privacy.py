@@ -40,7 +40,7 @@ class Privacy:
         ).hexdigest()
 
     def blocks(self, prompt: Prompt | None) -> dict[str, Any]:
-        """The block columns of a prompt; empty where the mode forbids them or there is no prompt."""
+        """The block columns of a prompt; none where the mode forbids them or there is no prompt."""
         if self.mode == "none" or prompt is None:
             return {}
         if prompt.tokens is not None:

@@ -152,7 +152,7 @@ def open_tape(path: str | Path, *, skip_damaged: bool = False) -> Tape:
 
 def open_tapes(pattern: str | Path, *, skip_damaged: bool = False) -> Tapes:
     """Open the tapes that a glob names, in order of their names; TapeError when there is none."""
-    paths = sorted(glob.glob(str(pattern)))
+    paths = sorted(glob.glob(str(pattern)))  # noqa: PTH207 - a pattern may begin anywhere
     if not paths:
         raise TapeError(f"{pattern}: matches no tape")
     return Tapes(open_tape(p, skip_damaged=skip_damaged) for p in paths)

@@ -14,13 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tokentape.traces import blocks, facts as tape_facts
+from tokentape.traces import blocks
+from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import TapeError
 from tokentape.traces.recover import recover_locked
 
@@ -32,6 +32,11 @@ FINISH_TIMEOUT_S = 120.0
 _encode = msgspec.msgpack.Encoder().encode
 _pack_into = blocks.RECORD.pack_into
 _RECORD_BYTES = blocks.RECORD.size
+
+
+def say(line: str) -> None:
+    """Trouble, told on stderr."""
+    sys.stderr.write(f"tokentape: {line}\n")
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Recorder:
         self._wait_ready()
         self._sender = blocks.BlockSender(self._channel)
         # Records are packed straight into a free slot; into a bytearray while there is none.
-        self._block: mmap | bytearray = bytearray()
+        self._block: Any = bytearray()
         self._begin = self._at = self._end = 0
 
     @classmethod
@@ -97,7 +102,7 @@ class Recorder:
         force: bool = False,
         append: bool = False,
         worker: str = "w0",
-        on_trouble: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        on_trouble: Callable[[str], None] = say,
     ) -> "Recorder":
         """A recorder on a new tape, or on an old one of the same role when `append` is set.
 
@@ -159,7 +164,7 @@ class Recorder:
             self._put(blocks.REPLY_HEAD, stream, t_ns, _encode([status, headers]))
 
     def reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
-        """A piece of the reply's body, without transfer framing; one stamp for parts of one read."""
+        """A piece of the reply's body without transfer framing; parts of a read share a stamp."""
         self._data(blocks.REPLY_DATA, stream, t_ns, data)
 
     def close(self, stream: int, t_ns: int, row: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from tokentape.traces.writer import TRACE_CLOCK, TapeWriter
 
 @dataclass(frozen=True)
 class Recovered:
-    """What a recovery sealed; `rows_on_tape` counts the incarnations it touched, old rows included."""
+    """What was sealed; `rows_on_tape` counts all rows of the incarnations that it touched."""
 
     rows: int
     cut: int

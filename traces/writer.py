@@ -47,7 +47,7 @@ _DICTIONARY = [
 class TapeWriter:
     """Appends rows to a tape and seals them; `close` seals what is left.
 
-    Rows are dictionaries of column names; instants are already ns since the tape's epoch. `clock` is
+    Rows are dictionaries of column names, instants already ns since the tape's epoch. `clock` is
     what every segment says of the clock that took them: TapeClock.footer, or TRACE_CLOCK.
     """
 

@@ -155,7 +155,7 @@ def pump(receiver: BlockReceiver, assembler: Assembler, sink: TapeSink) -> dict[
 
 
 def main() -> None:
-    """Serve one tape; the descriptors of socket, memory and lock are in argv, the rest in a note."""
+    """Serve one tape: descriptors of socket, memory and lock in argv, the rest in a note."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(NICENESS)

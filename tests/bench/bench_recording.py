@@ -1,4 +1,4 @@
-"""Cost of recording: CPU ns per event in the hot process, CPU us per event in the writer, bytes on disk.
+"""Cost of recording: CPU per event in the hot process and in the writer, and bytes on disk.
 
     ./run bench recording [--requests 2000] [--events 250]
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from tokentape.traces.reader import open_tape
 from tokentape.traces.recording import Recorder
 
-TEXT = b'data: {"id":"cmpl-7f4e2a11","object":"text_completion","created":1795331367,"model":"m",\
-"choices":[{"index":0,"text":" dokar","logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n'
+TEXT = b'data: {"id":"cmpl-7f4e2a11","object":"text_completion","created":1795331367,\
+"model":"m","choices":[{"index":0,"text":" dokar","logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n'
 USAGE = (
-    b'data: {"id":"cmpl-7f4e2a11","choices":[],"usage":{"prompt_tokens":9,"completion_tokens":%d,\
-"total_tokens":9}}\n\ndata: [DONE]\n\n'
+    b'data: {"id":"cmpl-7f4e2a11","choices":[],"usage":{"completion_tokens":%d}}\n\n'
+    b"data: [DONE]\n\n"
 )
 HEAD = (b"POST", b"/v1/completions", [(b"content-type", b"application/json")])
 BODY = b'{"model":"m","prompt":"a b c","stream":true}'
@@ -59,7 +59,7 @@ def control(requests: int, events: int) -> float:
     kept: list[tuple[int, bytes]] = []
     begin = time.process_time()
     for n in range(requests * events):
-        kept.append((n, TEXT))
+        kept.append((n, TEXT))  # noqa: PERF401 - the loop is what is measured
     return time.process_time() - begin
 
 

@@ -49,9 +49,7 @@ def demo(folder: Path, tell: Tell) -> Demo:
         (folder / f"{name}.toml").write_text(text)
     steps = Steps(folder, tell)
     requests = write_traffic(folder / "traffic.tape")
-    tell(
-        f"1/4  {requests} requests are waiting in traffic.tape: chat and completions, two shared prompts"
-    )
+    tell(f"1/4  {requests} requests are in traffic.tape: chat and completions, shared prompts")
     with steps.serving("engine", "--profile", "today.toml") as engine:
         tell("2/4  capture: a proxy in front of today's engine records what passes")
         with steps.serving("capture", "--upstream", engine, "--tape", "prod.tape") as proxy:
@@ -132,7 +130,7 @@ def last_line(text: str) -> str:
 
 
 def write_traffic(tape: Path) -> int:
-    """A seeded tape of synthetic requests: Poisson arrivals, log-normal lengths, shared prefixes."""
+    """A seeded tape: Poisson arrivals, log-normal lengths, shared prefixes; returns its rows."""
     rng = np.random.default_rng(SEED)
     writer = TapeWriter.create(
         tape,
