@@ -79,6 +79,8 @@ def plain(status: int, value: object) -> list[Step]:
 
 def streamed(seen: Seen, gap_s: float = 0.0, extra_prompt_tokens: int = 0) -> list[Step]:
     """A stream as an engine would send it: one word is one token, and usage at the end."""
+    if not seen.path.endswith("completions"):
+        return plain(404, {})
     asked = seen.json
     chat = seen.path.endswith("chat/completions")
     tokens = asked.get("max_tokens") or asked.get("max_completion_tokens") or 16
@@ -104,7 +106,7 @@ def engine_like(seen: Seen) -> Sequence[Step]:
     """A candidate with one model that takes everything."""
     if seen.path.endswith("/models"):
         return plain(200, {"object": "list", "data": [{"id": "m"}]})
-    return streamed(seen) if seen.path.endswith("completions") else plain(404, {})
+    return streamed(seen)
 
 
 @contextmanager

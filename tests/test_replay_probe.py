@@ -1,0 +1,171 @@
+"""The ladder: what a candidate takes is found out once, and each rung is said."""
+
+import asyncio
+import socket
+from collections.abc import Sequence
+
+import pytest
+from replay_server import Script, Seen, Server, Step, engine_like, plain, serve, streamed
+
+from tokentape.replay.probe import find_target
+from tokentape.replay.prompts import Length, TokenIds, Words
+from tokentape.replay.targets import Address, Endpoint, Headers, Pinning, Target
+from tokentape.traces.errors import TokentapeError
+
+KEY = "sk-very-secret-0123456789"
+
+
+def probe(
+    script: Script,
+    *endpoints: Endpoint,
+    model: str | None = "m",
+    headers: dict[str, str] | None = None,
+) -> tuple[Target, Server]:
+    with serve(script) as server:
+        address = Address.parse(server.url)
+        found = find_target(address, Headers(headers or {}), model, endpoints)
+        return asyncio.run(found), server
+
+
+def refusing(*names: str) -> Script:
+    """A server that answers 400 to a body that holds one of these keys, as OpenAI's does."""
+
+    def script(seen: Seen) -> Sequence[Step]:
+        for name in names:
+            if name in seen.json:
+                return plain(400, {"error": {"message": f"Unrecognized argument: {name}"}})
+        return streamed(seen, extra_prompt_tokens=9)
+
+    return script
+
+
+def words(seen: Seen) -> int:
+    chat = seen.path.endswith("chat/completions")
+    return len(seen.json["messages"][0]["content"].split()) if chat else 0
+
+
+def test_a_candidate_that_takes_everything_gets_token_ids_and_a_pinned_length() -> None:
+    target, server = probe(engine_like, "completions", "chat", model=None)
+    assert target.model == "m"
+    completions = target.forms["completions"]
+    assert isinstance(completions.writing, TokenIds)
+    assert completions.pinning == Pinning() and completions.pinning.exact
+    assert completions.length == Length(0, 1) and "lengths are exact" in completions.rung
+    assert all(s.json["max_tokens"] == 1 for s in server.seen if s.path.endswith("completions"))
+
+
+def test_the_template_of_chat_is_measured_once_and_taken_into_account() -> None:
+    target, _ = probe(refusing(), "chat")
+    chat = target.forms["chat"]
+    assert isinstance(chat.writing, Words)
+    assert chat.length == Length(9, 1) and chat.length.units(100) == 91
+    assert "9 of the template by usage" in chat.rung
+
+
+def test_vllms_tokenize_is_asked_before_usage() -> None:
+    def script(seen: Seen) -> Sequence[Step]:
+        if seen.path == "/tokenize":
+            assert set(seen.json) == {"model", "messages"}
+            return plain(200, {"count": 9 + len(seen.json["messages"][0]["content"].split())})
+        return streamed(seen, extra_prompt_tokens=9)
+
+    target, server = probe(script, "chat")
+    assert target.forms["chat"].rung.endswith("by /tokenize: lengths are exact")
+    assert [s.path for s in server.seen].count("/v1/chat/completions") == 1
+
+
+@pytest.mark.parametrize(
+    ("refused", "pinning"),
+    [
+        (["min_tokens"], Pinning(min_tokens=False)),
+        (["min_tokens", "ignore_eos"], Pinning(min_tokens=False, ignore_eos=False)),
+        (
+            ["min_tokens", "ignore_eos", "max_tokens"],
+            Pinning("max_completion_tokens", min_tokens=False, ignore_eos=False),
+        ),
+        (
+            ["min_tokens", "ignore_eos", "stream_options"],
+            Pinning(min_tokens=False, ignore_eos=False, include_usage=False),
+        ),
+    ],
+)
+def test_each_refused_argument_is_dropped_and_said(refused: list[str], pinning: Pinning) -> None:
+    target, _ = probe(refusing(*refused), "chat")
+    assert target.forms["chat"].pinning == pinning
+    if not pinning.exact:
+        assert "may stop earlier" in str(pinning)
+
+
+def test_a_candidate_that_takes_no_token_ids_gets_words() -> None:
+    def script(seen: Seen) -> Sequence[Step]:
+        ids = isinstance(seen.json.get("prompt"), list)
+        return plain(400, {"error": "prompt must be text"}) if ids else streamed(seen)
+
+    target, _ = probe(script, "completions")
+    form = target.forms["completions"]
+    assert isinstance(form.writing, Words) and form.length == Length(0, 1)
+
+
+def test_a_tokenizer_that_splits_words_gives_lengths_that_are_about_right_and_says_so() -> None:
+    def script(seen: Seen) -> Sequence[Step]:
+        return streamed(seen, extra_prompt_tokens=words(seen))
+
+    target, _ = probe(script, "chat")
+    form = target.forms["chat"]
+    assert form.length == Length(0, 2) and "about right" in form.rung
+
+
+def test_a_usage_that_ignores_the_prompt_is_not_believed() -> None:
+    def script(seen: Seen) -> Sequence[Step]:
+        return streamed(seen, extra_prompt_tokens=16 - words(seen))
+
+    target, _ = probe(script, "chat")
+    assert target.forms["chat"].length == Length() and "not verified" in target.forms["chat"].rung
+
+
+@pytest.mark.parametrize(
+    ("status", "model", "said"),
+    [
+        (401, "m", r"/v1/chat/completions answers 401: give --key-env"),
+        (403, None, r"/v1/models answers 403: give --key-env"),
+        (404, None, r"/v1/models answers 404: name the model with --model"),
+        (404, "m", r"answers 404 \(The model does not exist\): check --to and --model"),
+        (500, "m", r"answers 500: The model does not exist"),
+        (400, "m", r"answers 400: The model does not exist"),
+    ],
+)
+def test_a_refusal_is_one_line_that_says_what_to_do(
+    status: int, model: str | None, said: str
+) -> None:
+    reply = plain(status, {"error": {"message": "The model\ndoes not exist"}})
+    with pytest.raises(TokentapeError, match=said) as caught:
+        probe(lambda _: reply, "chat", model=model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_the_server_repeats_is_hidden() -> None:
+    reply = plain(500, {"error": {"message": f"no such key: {KEY}"}})
+    with pytest.raises(TokentapeError, match=r"no such key: \[hidden\]"):
+        probe(lambda _: reply, "chat", headers={"Authorization": f"Bearer {KEY}"})
+    with pytest.raises(TokentapeError, match="the given credential is refused"):
+        probe(lambda _: plain(401, {}), "chat", headers={"Authorization": f"Bearer {KEY}"})
+
+
+def test_a_dead_candidate_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    address = Address.parse(f"http://127.0.0.1:{port}")
+    with pytest.raises(
+        TokentapeError, match=f"127.0.0.1:{port}/v1/models: nothing answers"
+    ) as caught:
+        asyncio.run(find_target(address, Headers({}), None, ["chat"]))
+    assert "\n" not in str(caught.value)
+
+
+def test_several_models_are_said() -> None:
+    def script(seen: Seen) -> Sequence[Step]:
+        models = {"data": [{"id": "one"}, {"id": "two"}]}
+        return plain(200, models) if seen.path.endswith("/models") else engine_like(seen)
+
+    target, _ = probe(script, "completions", model=None)
+    assert target.model == "one" and "2 models" in target.notes[0]
