@@ -1,0 +1,313 @@
+"""The standard report of one or many tapes, as text or as plain data.
+
+Both show the same rows of metrics_long. A number that stands on too few samples is not shown, what
+is missing is said, and nothing is computed here but the ratio of two shown numbers.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokentape.analysis import display
+from tokentape.analysis.session import Session
+
+Row = dict[str, Any]
+
+PERCENTILES = ("p50", "p90", "p99", "p99.9")
+LATENCY = (
+    "ttft",
+    "ttft_arrival",
+    "ttfa",
+    "ttfa_arrival",
+    "tpot",
+    "icl",
+    "itl_user",
+    "itl_spread",
+    "e2e",
+    "e2e_content",
+    "e2e_arrival",
+)
+LATENESS = ("send_lag", "schedule_lag")
+RATES = (
+    "offered_per_s",
+    "completed_per_s",
+    "input_tokens_per_s",
+    "uncached_tokens_per_s",
+    "output_tokens_per_s",
+)
+WEIGHTS = {"request": "requests", "event": "events", "token": "tokens"}
+
+_TAPES = """
+WITH
+  _models AS (
+    SELECT run, list(model ORDER BY requests DESC, model) AS models
+    FROM (SELECT run, model, count(*) AS requests FROM requests WHERE model IS NOT NULL GROUP BY ALL)
+    GROUP BY run
+  )
+SELECT
+  tapes.* EXCLUDE (facts),
+  coalesce(models, []) AS models,
+  from_ns,
+  until_ns,
+  wall_epoch_unix_ns + from_ns AS first_arrival_unix_ns
+FROM tapes
+LEFT JOIN _models USING (run)
+LEFT JOIN (SELECT run, from_ns, until_ns FROM rates) USING (run)
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a session's tapes say; every list has its rows in the order of the tapes."""
+
+    tapes: list[Row]
+    metrics: list[Row]
+    titles: dict[str, str]
+    clocks: list[Row]
+    quality: list[Row]
+    errors: list[Row]
+    late_causes: list[Row]
+
+    def as_dict(self) -> Row:
+        """The tidy rows and the facts, for JSON: stable keys, NULL as None."""
+        return {
+            "tapes": self.tapes,
+            "metrics": self.metrics,
+            "clocks": self.clocks,
+            "quality": self.quality,
+            "errors": self.errors,
+            "late_causes": self.late_causes,
+        }
+
+    def text(self, width: int = 100) -> str:
+        """Tables for a terminal; several tapes one under the other, with their ratio to the first."""
+        parts = [
+            self._identity(width),
+            self._outcomes(width),
+            self._distributions("latency, requests that ended well", LATENCY, width),
+            self._rates(width),
+            self._concurrency(width),
+            self._clocks(width),
+            self._distributions("lateness, all requests that were sent", LATENESS, width),
+            self._causes(width),
+            self._verdicts(),
+        ]
+        return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+
+    @property
+    def _runs(self) -> list[str]:
+        return [t["run"] for t in self.tapes]
+
+    def _row(self, run: str, metric: str, stat: str) -> Row:
+        return self._index[run, metric, stat]
+
+    @property
+    def _index(self) -> dict[tuple[str, str, str], Row]:
+        return {(r["run"], r["metric"], r["stat"]): r for r in self.metrics}
+
+    def _identity(self, width: int) -> list[str]:
+        rows = []
+        for tape in self.tapes:
+            first, *others = tape["models"] or [display.NOTHING]
+            known = tape["until_ns"] is not None
+            rows.append(
+                [
+                    tape["run"],
+                    f"{first} +{len(others)}" if others else first,
+                    tape["role"],
+                    display.instant(tape["first_arrival_unix_ns"]),
+                    display.duration(tape["until_ns"] - tape["from_ns"] if known else None),
+                    display.count(tape["sealed_requests"]),
+                    display.count(tape["sealed_events"]),
+                ]
+            )
+        head = ["tape", "model", "role", "first arrival", "duration", "requests", "events"]
+        return [*display.table(head, rows, width, texts=2), *self._missing()]
+
+    def _missing(self) -> Iterator[str]:
+        """What no table can show: whatever keeps a tape from being whole."""
+        for tape in self.tapes:
+            for name, what in (
+                ("unsealed_requests", "requests are not sealed yet and not counted here"),
+                ("lost_requests", "requests were seen and are lost"),
+                ("damaged_segments", "damaged segments were skipped"),
+            ):
+                if tape[name]:
+                    yield f"! {tape['run']}: {display.count(tape[name])} {what}"
+            if tape["sampled"]:
+                yield f"! {tape['run']}: sampled; each row counts 1 / sample_prob"
+
+    def _outcomes(self, width: int) -> list[str]:
+        found = [r for r in self.metrics if r["metric"] == "outcomes"]
+        shown = [s for s in dict.fromkeys(r["stat"] for r in found) if s == "ok" or _any(found, s)]
+        index = self._index
+        rows = [
+            [run, *(display.count(_whole(index.get((run, "outcomes", s)))) for s in shown)]
+            for run in self._runs
+        ]
+        errors = [
+            f"! {e['run']}: {display.count(e['requests'])} x {e['outcome']}, {_why(e)}"
+            for e in self.errors
+        ]
+        return [*display.table(["outcomes", *shown], rows, width), *errors]
+
+    def _distributions(self, title: str, names: Iterable[str], width: int) -> list[str]:
+        rows, empty = [], []
+        for name in names:
+            if not any(self._row(run, name, "max")["n"] for run in self._runs):
+                empty.append(self.titles[name])
+                continue
+            rows += self._distribution(name)
+        head = [title, "run", *PERCENTILES, "max", "n", "of"]
+        if len(self.tapes) == 1:
+            head, rows = head[:1] + head[2:], [r[:1] + r[2:] for r in rows]
+        lines = display.table(head, rows, width, texts=len(head) - 7) if rows else []
+        return [*lines, *([f"no values: {', '.join(empty)}"] if empty else [])]
+
+    def _distribution(self, name: str) -> Iterator[list[str]]:
+        index = self._index
+        base: list[Row] = []
+        for i, run in enumerate(self._runs):
+            found = [index[run, name, stat] for stat in (*PERCENTILES, "max")]
+            n, weight = found[0]["n"], found[0]["weight"]
+            title = "" if i else self.titles[name]
+            yield [title, run, *map(_shown, found), display.count(n), WEIGHTS[weight]]
+            if i:
+                pairs = zip(found, base, strict=True)
+                yield [
+                    "",
+                    _over(i),
+                    *(display.ratio(a["value"], b["value"]) for a, b in pairs),
+                    "",
+                    "",
+                ]
+            base = base or found
+
+    def _rates(self, width: int) -> list[str]:
+        head = ["per second, first arrival to last end", *("requests offered", "completed")]
+        head += ["input tokens", "uncached", "output"]
+        index = self._index
+        found = [[index[run, name, "value"]["value"] for name in RATES] for run in self._runs]
+        return display.table(head, self._with_ratios(found), width)
+
+    def _concurrency(self, width: int) -> list[str]:
+        index = self._index
+        stats = ("mean", *PERCENTILES[:3], "max")
+        found = [[index[run, "in_flight", s]["value"] for s in stats] for run in self._runs]
+        return display.table(
+            ["requests in flight, over time", *stats], self._with_ratios(found), width
+        )
+
+    def _with_ratios(self, found: Sequence[Sequence[float | None]]) -> list[list[str]]:
+        rows = []
+        for i, (run, values) in enumerate(zip(self._runs, found, strict=True)):
+            rows.append([run, *map(display.figure, values)])
+            if i:
+                pairs = zip(values, found[0], strict=True)
+                rows.append([_over(i), *(display.ratio(a, b) for a, b in pairs)])
+        return rows
+
+    def _clocks(self, width: int) -> list[str]:
+        rows = []
+        for quality in self.quality:
+            run, lag_us = quality["run"], quality["lag_max_us"]
+            rows.append(
+                [
+                    run,
+                    *(self._clock(run, stamp) for stamp in ("arrival", "send", "event")),
+                    display.duration(None if lag_us is None else lag_us * 1000),
+                    display.count(quality["coalesced_reads"]),
+                    display.count(quality["clamped_events"]),
+                    display.count(quality["events_dropped"]),
+                ]
+            )
+        head = [
+            "stamps",
+            "arrival",
+            "send",
+            "event",
+            "read late max",
+            "coalesced",
+            "clamped",
+            "dropped",
+        ]
+        return display.table(head, rows, width) if rows else []
+
+    def _clock(self, run: str, stamp: str) -> str:
+        """The clock of a stamp; with how many rows each where a run has several."""
+        found = [c for c in self.clocks if c["run"] == run and c["stamp"] == stamp]
+        if len(found) == 1:
+            return str(found[0]["clock"])
+        return ", ".join(f"{c['clock']} {c['requests']:,}" for c in found) or display.NOTHING
+
+    def _causes(self, width: int) -> list[str]:
+        rows = [
+            [
+                c["run"],
+                c["late_cause"],
+                display.count(c["requests"]),
+                display.duration(c["max_send_lag_ns"]),
+                display.duration(c["max_schedule_lag_ns"]),
+            ]
+            for c in self.late_causes
+        ]
+        head = ["late by cause", "cause", "requests", "max after arrival", "max after plan"]
+        return display.table(head, rows, width, texts=2) if rows else []
+
+    def _verdicts(self) -> list[str]:
+        lines = []
+        for tape in self.tapes:
+            if verdict := tape["facts"].get("verdict"):
+                lines.append(f"verdict of {tape['run']}: {verdict['level']}")
+                lines += [f"  {reason}" for reason in verdict["reasons"]]
+        return lines
+
+
+def report(session: Session) -> Report:
+    """Ask everything that the report shows; two passes over the events, one for ICL, one for ITL."""
+    order = {run: i for i, run in enumerate(session.labels)}
+
+    def rows(query: str) -> list[Row]:
+        found: list[Row] = session.table(query).to_pylist()
+        return sorted(found, key=lambda row: order[row["run"]])
+
+    tapes = rows(_TAPES)
+    for row, tape in zip(tapes, session.tapes, strict=True):
+        row["facts"] = tape.facts
+    return Report(
+        tapes=tapes,
+        metrics=rows("FROM metrics_long ORDER BY metric, stat"),
+        titles=dict(session.sql("SELECT metric, title FROM metrics").fetchall()),
+        clocks=rows("FROM clocks ORDER BY stamp, requests DESC, clock"),
+        quality=rows("FROM clocks_quality"),
+        errors=rows(
+            "FROM outcomes_errors ORDER BY requests DESC, outcome, http_status, error_type"
+        ),
+        late_causes=rows(
+            "FROM schedule_causes WHERE late_cause IS NOT NULL ORDER BY requests DESC"
+        ),
+    )
+
+
+def _shown(row: Row) -> str:
+    if row["value"] is None and row["n"]:
+        return display.TOO_FEW
+    return display.quantity(row["value"], row["unit"])
+
+
+def _over(i: int) -> str:
+    return f"#{i + 1} / #1"
+
+
+def _any(rows: Iterable[Row], stat: str) -> bool:
+    return any(r["value"] for r in rows if r["stat"] == stat)
+
+
+def _whole(row: Row | None) -> int:
+    return int(row["value"]) if row else 0
+
+
+def _why(error: Row) -> str:
+    parts = [f"status {error['http_status']}" if error["http_status"] else "", error["error_type"]]
+    told = ", ".join(p for p in parts if p) or "no reason recorded"
+    return f"{told} (answered by the proxy)" if error["origin"] == "proxy" else told

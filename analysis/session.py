@@ -1,0 +1,316 @@
+"""A DuckDB database in memory over one or many tapes: the standard views, and nothing else.
+
+It reads the Parquet files in place and never writes one: the only files that it may open are the
+tapes' own, a query must be a SELECT, and what DuckDB 2.0 hides inside a SELECT (a COPY in a WITH)
+is refused as well. Settings are locked once the views stand.
+"""
+
+import json
+import re
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokentape.analysis.modules import Module, ModuleError, SqlObject, load_order
+from tokentape.traces.errors import TapeError, UsageError
+from tokentape.traces.reader import Tape, open_tape
+from tokentape.traces.schema import REQUESTS, TELEMETRY
+
+ROWS, TELEMETRY_ROWS = "_rows_of_tapes", "_telemetry"  # what prelude.schema stands on
+
+_READING_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
+_RUNNING_FUNCTIONS = {"query", "json_execute_serialized_sql"}  # run SQL that they get as text
+_EXPLAIN = re.compile(r"\s*explain\s+(?:analyze\s+)?", re.IGNORECASE)
+
+_TAPES = pa.schema(
+    [
+        ("run", pa.string()),
+        ("path", pa.string()),
+        ("tape_id", pa.string()),
+        ("role", pa.string()),
+        ("created_unix_ns", pa.int64()),
+        ("wall_epoch_unix_ns", pa.int64()),
+        ("sealed_requests", pa.int64()),
+        ("sealed_events", pa.int64()),
+        ("unsealed_requests", pa.int64()),
+        ("lost_requests", pa.int64()),
+        ("damaged_segments", pa.int64()),
+        ("facts", pa.string()),
+    ]
+)
+_LOSSES = pa.schema([("run", pa.string()), ("reason", pa.string()), ("requests", pa.int64())])
+_METRICS = pa.schema(
+    [
+        (name, pa.string())
+        for name in (
+            "metric",
+            "title",
+            "unit",
+            "weight",
+            "formula",
+            "undefined_when",
+            "differs_from",
+            "source",
+            "module",
+        )
+    ]
+)
+
+
+class Session:
+    """The standard views over some tapes. Use as a context manager, or close it."""
+
+    def __init__(self, tapes: list[Tape], connection: duckdb.DuckDBPyConnection) -> None:
+        self.tapes = tapes
+        self.labels = run_labels(tapes)
+        self._connection = connection
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the memory; relations that were given out stop working."""
+        self._connection.close()
+
+    def sql(self, query: str) -> duckdb.DuckDBPyRelation:
+        """A lazy relation of one SELECT (or EXPLAIN, DESCRIBE, SHOW); UsageError when it is wrong."""
+        cursor = self._connection.cursor()
+        try:
+            _refuse_writing(cursor, query)
+            return cursor.sql(query)
+        except duckdb.Error as error:
+            raise _shown(error) from None
+
+    def table(self, query: str) -> pa.Table:
+        """The whole result of one SELECT; UsageError or TapeError, one line, when it fails."""
+        relation = self.sql(query)
+        try:
+            return relation.to_arrow_table()
+        except duckdb.Error as error:
+            raise _shown(error) from None
+
+
+def connect(
+    tapes: Sequence[Tape | str | Path],
+    *,
+    memory_limit: str | None = None,
+    threads: int | None = None,
+) -> Session:
+    """Open a session over tapes or their paths; `memory_limit` as in "500MB"."""
+    opened = [t if isinstance(t, Tape) else open_tape(t) for t in tapes]
+    if not opened:
+        raise UsageError("no tape given")
+    connection = duckdb.connect(":memory:")
+    session = Session(opened, connection)
+    try:
+        for name, value in (("memory_limit", memory_limit), ("threads", threads)):
+            if value is not None:
+                connection.execute(f"SET {name} = {_quoted(str(value))}")
+        _make_tables(connection, opened, session.labels)
+        _load(connection, load_order())
+        _open_files(connection, opened, session.labels)
+        _lock(connection, opened)
+    except duckdb.Error as error:
+        connection.close()
+        raise _shown(error) from None
+    return session
+
+
+def run_labels(tapes: Sequence[Tape]) -> list[str]:
+    """The `run` of each tape: its directory name, with #2, #3 ... where names repeat."""
+    labels: list[str] = []
+    for tape in tapes:
+        name = label = tape.path.resolve().name
+        number = 1
+        while label in labels:
+            number += 1
+            label = f"{name}#{number}"
+        labels.append(label)
+    return labels
+
+
+def _make_tables(
+    connection: duckdb.DuckDBPyConnection, tapes: list[Tape], labels: list[str]
+) -> None:
+    """The small tables that the modules stand on, and empty ones in place of the Parquet files."""
+    _make_table(connection, ROWS, _empty(REQUESTS))
+    _make_table(connection, TELEMETRY_ROWS, _empty(TELEMETRY))
+    labelled = list(zip(tapes, labels, strict=True))
+    losses = [
+        {"run": run, "reason": reason, "requests": n}
+        for tape, run in labelled
+        for reason, n in tape.losses.items()
+    ]
+    _make_table(connection, "_losses", pa.Table.from_pylist(losses, schema=_LOSSES))
+    rows = [_tape_row(tape, run) for tape, run in labelled]
+    _make_table(connection, "_facts", pa.Table.from_pylist(rows, schema=_TAPES))
+    connection.execute(
+        "CREATE TABLE _tapes AS SELECT * EXCLUDE (facts), false AS sampled, facts::JSON AS facts FROM _facts"
+    )
+
+
+def _open_files(
+    connection: duckdb.DuckDBPyConnection, tapes: list[Tape], labels: list[str]
+) -> None:
+    """Put the files where the empty tables were: the modules are bound before a file is opened."""
+    segments = [[s.path for s in tape.segments] for tape in tapes]
+    _replace_by_files(connection, ROWS, dict(zip(labels, segments, strict=True)))
+    telemetry = [tape.telemetry_files for tape in tapes]
+    _replace_by_files(connection, TELEMETRY_ROWS, dict(zip(labels, telemetry, strict=True)))
+    connection.execute(
+        f"UPDATE _tapes SET sampled = run IN (SELECT run FROM {ROWS} WHERE sample_prob < 1)"
+    )
+
+
+def _tape_row(tape: Tape, run: str) -> dict[str, Any]:
+    return {
+        "run": run,
+        "path": str(tape.path),
+        "tape_id": tape.facts.get("tape_id"),
+        "role": tape.role,
+        "created_unix_ns": tape.facts.get("created_unix_ns"),
+        "wall_epoch_unix_ns": tape.facts.get("wall_epoch_unix_ns"),
+        "sealed_requests": tape.rows,
+        "sealed_events": tape.events,
+        "unsealed_requests": tape.unsealed_rows + tape.open_rows,
+        "lost_requests": sum(tape.losses.values()),
+        "damaged_segments": len(tape.damaged),
+        "facts": json.dumps(tape.facts),
+    }
+
+
+def _replace_by_files(
+    connection: duckdb.DuckDBPyConnection, name: str, files: dict[str, list[Path]]
+) -> None:
+    """Replace an empty table by a view of the same columns over the files of all runs.
+
+    Files of one schema share a scan, so that a query opens one footer of each and not all; a column
+    that a file lacks is NULL, one that the format does not know is left out.
+    """
+    parts = [f"SELECT * FROM _no{name}"]
+    for run, paths in files.items():
+        same: dict[str, list[Path]] = {}
+        for path in paths:
+            same.setdefault(pq.read_schema(path).remove_metadata().to_string(), []).append(path)
+        for group in same.values():
+            listed = ", ".join(_quoted(str(p)) for p in group)
+            scan = f"read_parquet([{listed}], hive_partitioning = false)"
+            parts.append(f"SELECT {_quoted(run)} AS run, * FROM {scan}")
+    columns = ", ".join(f'"{c[0]}"' for c in connection.execute(f"DESCRIBE {name}").fetchall())
+    connection.execute(f"ALTER TABLE {name} RENAME TO _no{name}")
+    connection.execute(
+        f"CREATE VIEW {name} AS SELECT {columns} FROM ({' UNION ALL BY NAME '.join(parts)})"
+    )
+
+
+def _empty(columns: pa.Schema) -> pa.Table:
+    fields = [pa.field("run", pa.string()), *columns]
+    return pa.table([pa.nulls(0, f.type) for f in fields], schema=pa.schema(fields))
+
+
+def _make_table(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
+    connection.register("_arrow", rows)
+    connection.execute(f"CREATE TABLE {name} AS SELECT * FROM _arrow")
+    connection.unregister("_arrow")
+
+
+def _load(connection: duckdb.DuckDBPyConnection, modules: list[Module]) -> None:
+    """Run the modules in order and hand their comments to DuckDB's catalogue."""
+    rows = [
+        {
+            "metric": m.name,
+            "title": m.title,
+            "unit": m.unit,
+            "weight": m.weight,
+            "formula": m.formula,
+            "undefined_when": m.undefined_when,
+            "differs_from": m.differs_from,
+            "source": m.view,
+            "module": m.module,
+        }
+        for module in modules
+        for m in module.metrics
+    ]
+    _make_table(connection, "_metrics", pa.Table.from_pylist(rows, schema=_METRICS))
+    for module in modules:
+        for made in module.objects:
+            try:
+                connection.execute(made.sql)
+                connection.execute("; ".join(_comments(made)))
+            except duckdb.Error as error:
+                raise ModuleError(f"{module.path}:{made.line}: {error}") from error
+
+
+def _comments(made: SqlObject) -> Iterator[str]:
+    args = "".join(f"\n{a.name} {a.type}: {a.comment}" for a in made.args)
+    columns = made.columns if made.kind == "VIEW" else []
+    told = "".join(f"\n-> {c.name} {c.type}: {c.comment}" for c in made.columns if not columns)
+    yield f"COMMENT ON {made.kind} {made.name} IS {_quoted(made.text + args + told)}"
+    for column in columns:
+        yield f'COMMENT ON COLUMN {made.name}."{column.name}" IS {_quoted(column.comment)}'
+
+
+def _lock(connection: duckdb.DuckDBPyConnection, tapes: list[Tape]) -> None:
+    """Leave nothing open but the tapes' files, and a folder of its own to spill into."""
+    files = [str(p) for t in tapes for p in (*(s.path for s in t.segments), *t.telemetry_files)]
+    spill = Path(tempfile.gettempdir()) / f"tokentape-spill-{uuid.uuid4().hex}"
+    for name, value in (
+        ("temp_directory", _quoted(str(spill))),
+        ("allowed_paths", f"[{', '.join(map(_quoted, files))}]"),
+        ("autoinstall_known_extensions", "false"),
+        ("autoload_known_extensions", "false"),
+        ("python_enable_replacements", "false"),
+        ("enable_external_access", "false"),
+        ("lock_configuration", "true"),
+    ):
+        connection.execute(f"SET {name} = {value}")
+
+
+def _refuse_writing(cursor: duckdb.DuckDBPyConnection, query: str) -> None:
+    """UsageError for anything but one statement that reads, however deep the rest is hidden."""
+    read = _EXPLAIN.sub("", query, count=1)
+    statements = cursor.extract_statements(read)
+    [(text,)] = cursor.execute("SELECT json_serialize_sql(?::VARCHAR)", [read]).fetchall()
+    parsed = json.loads(text)
+    if len(statements) != 1 or parsed["error"]:
+        raise UsageError(
+            "sql: one SELECT, DESCRIBE, SHOW or EXPLAIN, please; nothing else is allowed"
+        )
+    for node in _nodes(parsed):
+        kind = str(node.get("type"))
+        if kind.endswith("_NODE") and kind not in _READING_NODES:
+            raise UsageError(f"sql: only reading is allowed, not {kind.split('_')[0]}")
+        if node.get("function_name") in _RUNNING_FUNCTIONS:
+            raise UsageError(f"sql: {node['function_name']}() is not allowed")
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(tree, dict):
+        yield tree
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for part in tree:
+            yield from _nodes(part)
+
+
+def _shown(error: duckdb.Error) -> TapeError | UsageError:
+    """One line of a DuckDB error: the user's query is wrong, or a file is."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(
+        error, duckdb.IOException | duckdb.InvalidInputException | duckdb.OutOfMemoryException
+    ):
+        return TapeError(f"sql: {text}")
+    return UsageError(f"sql: {text}")
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

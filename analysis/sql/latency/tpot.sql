@@ -1,0 +1,61 @@
+-- module: latency.tpot
+-- requires: prelude.schema
+--
+-- Time per output token after the first: one number per reply, so a long reply counts as a short one.
+
+-- metric: tpot
+-- Title: TPOT
+-- Formula: (last_content_ns - first_content_ns) / (output_tokens - 1); with several choices the
+--   same of each choice, its tokens being the sum of its ntok
+-- Unit: ns
+-- Weight: request
+-- View: tpot.tpot_ns
+-- Undefined when: fewer than two tokens, unknown token count, or not streamed (never 0)
+-- Differs from: vLLM bench and SGLang ((latency - ttft) / (n - 1), where one token counts as 0 and
+--   meets every SLO; SGLang's latency runs to [DONE]); AIPerf (calls it inter-token latency);
+--   GuideLLM ((last - start) / n, so TTFT is inside); genai-bench (to the end of the loop)
+
+-- Time per output token of each reply, whatever its outcome; one row per choice.
+-- col run VARCHAR: label of the tape
+-- col request_id UUID: the request
+-- col choice TINYINT: choice; NULL when there is one
+-- col arrival_ns BIGINT (ns): when the request was offered
+-- col outcome VARCHAR: how the request ended
+-- col output_tokens INTEGER (tokens): tokens of the reply, or of the choice
+-- col tpot_ns DOUBLE (ns): time per token after the first
+-- col weight DOUBLE: requests that the row stands for
+CREATE VIEW tpot AS
+SELECT
+  run,
+  request_id,
+  NULL::TINYINT AS choice,
+  arrival_ns,
+  outcome,
+  output_tokens,
+  CASE
+    WHEN output_tokens >= 2 AND coalesce(n_choices, 1) = 1
+    THEN (last_content_ns - first_content_ns) / (output_tokens - 1)
+  END::DOUBLE AS tpot_ns,
+  _weight(sample_prob) AS weight
+FROM _rows_of_tapes
+WHERE choice IS NULL
+UNION ALL
+SELECT
+  run,
+  request_id,
+  choice,
+  any_value(arrival_ns),
+  any_value(outcome),
+  sum(ntok)::INTEGER,
+  CASE
+    WHEN sum(ntok) >= 2 THEN (max(off_us) - min(off_us)) * 1000 / (sum(ntok) - 1)
+  END::DOUBLE,
+  any_value(weight)
+FROM _events_of_many_choices
+GROUP BY run, request_id, choice;
+
+-- Samples of the metric above: replies that ended well.
+CREATE VIEW _tpot_samples AS
+SELECT run, 'tpot' AS metric, tpot_ns AS value, weight
+FROM tpot
+WHERE outcome = 'ok' AND tpot_ns IS NOT NULL;
