@@ -1,0 +1,194 @@
+"""Verbs that make load or take it: replay, engine, demo."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from tokentape.cli import units
+from tokentape.cli.output import print_json, print_lines
+from tokentape.cli.progress import counting, say
+from tokentape.cli.read import print_report
+from tokentape.cli.record import Facts, Force, Json, command_line
+from tokentape.traces.errors import GateNotMet, UsageError
+
+if TYPE_CHECKING:
+    from tokentape.replay.run import Plan, Progress, RunSummary
+
+LEVELS = ("valid", "suspect", "invalid")
+INTERRUPTED = 130
+
+
+def replay(
+    source: Annotated[Path, typer.Argument(metavar="TAPE", help="The tape to replay.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="URL", help="The candidate: http(s)://HOST:PORT.")
+    ],
+    tape: Annotated[
+        Path | None, typer.Option("--tape", metavar="DIR", help="The run's tape to write.")
+    ] = None,
+    speed: Annotated[
+        str, typer.Option(metavar="FACTOR", help="2x offers the load in half the time.")
+    ] = "1x",
+    window: Annotated[
+        str | None,
+        typer.Option(metavar="FROM..TO", help="Only what arrived then, such as 0s..10m."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the synthesized prompts.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Model to ask for; else the candidate's own.")
+    ] = None,
+    endpoint: Annotated[
+        Literal["recorded", "completions", "chat"], typer.Option(help="Which API to ask.")
+    ] = "recorded",
+    header: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Sent with each request, never recorded."),
+    ] = None,
+    key_env: Annotated[
+        str | None, typer.Option(metavar="VAR", help="Environment variable that holds the API key.")
+    ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Send no more requests than that.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="The same for input and output tokens.")
+    ] = None,
+    timeout: Annotated[
+        str, typer.Option(metavar="DURATION", help="Longest that a request may take.")
+    ] = "600s",
+    include_failed: Annotated[
+        bool, typer.Option("--include-failed", help="Also what never reached an engine.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the plan and send nothing.")] = False,
+    fail_on: Annotated[
+        Literal["suspect", "invalid"] | None,
+        typer.Option(help="Exit 3 when the verdict is that or worse."),
+    ] = None,
+    fact: Facts = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Offer the load of a tape to a candidate; record how it does.
+
+    Requests are sent when they are due, whatever the candidate does. Prompts are synthesized to the
+    recorded lengths. The plan is printed first; the verdict says if the client's own clock held.
+    """
+    from tokentape.replay.run import ReplayOptions, make_plan
+
+    if tape is None and not plan:
+        raise UsageError("--tape: name the folder of the run's tape (only --plan needs none)")
+    options = ReplayOptions(
+        source=source,
+        to=to,
+        tape=tape,
+        speed=units.factor("--speed", speed),
+        window=units.window_ns("--window", window) if window is not None else (None, None),
+        seed=seed,
+        model=model,
+        headers=units.pairs("--header", header or []),
+        key_env=key_env,
+        endpoint=endpoint,
+        max_requests=max_requests,
+        max_tokens=max_tokens,
+        timeout_ns=units.duration_ns("--timeout", timeout),
+        include_failed=include_failed,
+        force=force,
+        facts=units.pairs("--fact", fact or []),
+        command=command_line(),
+    )
+    made = make_plan(options)
+    if plan:
+        if json:
+            print_json(made.json())
+        else:
+            print_lines([made.text()])
+        return
+    _run(made, fail_on, json=json)
+
+
+def _run(plan: "Plan", fail_on: str | None, *, json: bool) -> None:
+    from tokentape.replay.run import run_plan
+
+    if json:
+        say(plan.text())
+    else:
+        print_lines([plan.text()])
+    with counting("requests", len(plan)) as tell:
+
+        def watch(now: "Progress") -> None:
+            tell(now.done, f"{now.in_flight} in flight, {now.late} late")
+
+        done = run_plan(plan, watch)
+    if json:
+        print_json({"plan": plan.json(), **_told(done)})
+    else:
+        print_lines(
+            [done.verdict.text(), f"run: {done.rows} rows, {done.events} events, {done.tape}"]
+        )
+    level = done.verdict.level
+    if fail_on is not None and LEVELS.index(level) >= LEVELS.index(fail_on):
+        raise GateNotMet(f"--fail-on {fail_on}: the verdict is {level}")
+    if done.stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _told(done: "RunSummary") -> dict[str, object]:
+    return {
+        "tape": str(done.tape),
+        "rows": done.rows,
+        "events": done.events,
+        "sent": done.sent,
+        "not_sent": done.not_sent,
+        "stopped": done.stopped,
+        "outcomes": done.outcomes,
+        "losses": done.losses,
+        "verdict": done.verdict.as_dict(),
+    }
+
+
+def engine(
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where it serves; port 0: any free one.")
+    ] = "127.0.0.1:8000",
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Its speed in numbers, TOML or JSON; else an H100's."),
+    ] = None,
+) -> None:
+    """Serve a simulated LLM over HTTP, for tests without a GPU.
+
+    OpenAI chat and completions, streamed or whole, with usage, /metrics and /health. Ctrl-C ends.
+    """
+    from tokentape.replay.engine.profile import load_profile
+    from tokentape.replay.engine.server import serve
+
+    units.address("--listen", listen)
+    serve(listen, load_profile(profile), lambda url: say(f"listening on {url}; Ctrl-C ends"))
+
+
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where everything is left; else a new demo-1, demo-2, ..."
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Record, replay at twice the speed, compare: all simulated.
+
+    Takes less than a minute, needs no GPU and no network. Each step prints its command.
+    """
+    from tokentape.jobs.demo import demo as run
+
+    done = run(folder or _new_folder(), say)
+    print_report([done.capture, done.run], json=json)
+    say(f"everything is in {done.folder}")
+
+
+def _new_folder() -> Path:
+    number = 1
+    while Path(f"demo-{number}").exists():
+        number += 1
+    return Path(f"demo-{number}")

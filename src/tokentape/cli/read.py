@@ -1,0 +1,192 @@
+"""Verbs that read tapes and change nothing: info, check, report, sql, metrics."""
+
+import io
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from tokentape.cli.output import plain, print_json, print_lines, table_lines, write_csv
+from tokentape.cli.record import Json
+from tokentape.traces.errors import TapeError, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tokentape.traces.reader import Tape
+
+Tapes = Annotated[list[Path], typer.Argument(metavar="TAPE...", help="Tapes to read.")]
+SkipDamaged = Annotated[
+    bool, typer.Option("--skip-damaged", help="Read the other segments of a damaged tape.")
+]
+CHECK_FAILED = 1
+REPORT_COLUMNS = 100  # where there is no terminal
+
+
+def opened(paths: Sequence[Path], *, skip_damaged: bool) -> "list[Tape]":
+    """The tapes that paths or globs name."""
+    from tokentape.traces.reader import open_tapes
+
+    return [tape for path in paths for tape in open_tapes(path, skip_damaged=skip_damaged)]
+
+
+def info(tapes: Tapes, json: Json = False) -> None:
+    """Say what tapes are and what they hold.
+
+    Role, command, facts, counts and losses; reads no rows. Damaged segments are named, not refused.
+    """
+    told = [_told(tape) for tape in opened(tapes, skip_damaged=True)]
+    if json:
+        print_json(told)
+        return
+    for i, one in enumerate(told):
+        width = max(map(len, one))
+        print_lines([""] if i else [])
+        print_lines(f"{name:<{width}}  {_short(value)}" for name, value in one.items())
+
+
+def _told(tape: "Tape") -> dict[str, object]:
+    return {
+        "tape": str(tape.path),
+        **tape.facts,
+        "segments": len(tape.segments),
+        "requests": tape.rows,
+        "events": tape.events,
+        "unsealed": tape.unsealed_rows + tape.open_rows,
+        "lost": tape.losses,
+        "damaged": {str(path): why for path, why in tape.damaged},
+    }
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={_short(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, list):
+        return " ".join(map(_short, value))
+    return "unknown" if value is None else str(value)
+
+
+def check(tapes: Tapes, json: Json = False) -> None:
+    """Check every row of tapes.
+
+    Errors mean that numbers from the tape would be wrong: exit code 1. Warnings say what is missing
+    and counted.
+    """
+    from tokentape.traces.check import check as run
+
+    found = [f for tape in opened(tapes, skip_damaged=True) for f in run(tape)]
+    if json:
+        print_json([vars(f) for f in found])
+    else:
+        print_lines(f"{f.severity}: {f.where}: {f.what} ({f.count})" for f in found)
+        errors = sum(f.severity == "error" for f in found)
+        print_lines([f"{errors} errors, {len(found) - errors} warnings"])
+    if any(f.severity == "error" for f in found):
+        raise typer.Exit(CHECK_FAILED)
+
+
+def report(tapes: Tapes, json: Json = False, skip_damaged: SkipDamaged = False) -> None:
+    """Print the latency, throughput and outcomes of tapes.
+
+    Every figure comes with how many values stand behind it.
+    """
+    print_report(tapes, json=json, skip_damaged=skip_damaged)
+
+
+def print_report(paths: Sequence[Path], *, json: bool, skip_damaged: bool = False) -> None:
+    """The report on tapes, as text or JSON."""
+    from tokentape.analysis import report as analysis
+    from tokentape.analysis.session import connect
+
+    with connect(opened(paths, skip_damaged=skip_damaged)) as session:
+        found = analysis.report(session)
+    if json:
+        print_json(found.as_dict())
+    else:
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else REPORT_COLUMNS
+        print_lines([found.text(columns).rstrip("\n")])
+
+
+def metrics(
+    json: Json = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print METRICS.md: every definition, every view.")
+    ] = False,
+) -> None:
+    """List every metric with its unit."""
+    from tokentape.analysis import catalogue
+
+    found = catalogue.metrics()
+    if json:
+        print_json([vars(metric) for metric in found])
+    elif markdown:
+        print_lines([catalogue.markdown().rstrip("\n")])
+    else:
+        rows = [[m.name, m.unit, m.title] for m in found]
+        print_lines(table_lines(["metric", "unit", "title"], rows))
+
+
+def sql(
+    tapes_and_query: Annotated[
+        list[str], typer.Argument(metavar="TAPE... QUERY", help="Tapes to read, then one SELECT.")
+    ],
+    form: Annotated[
+        Literal["table", "csv", "json", "parquet"], typer.Option("--format", help="How to print.")
+    ] = "table",
+    json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write there instead of printing.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    skip_damaged: SkipDamaged = False,
+) -> None:
+    """Run one SELECT over the standard views of tapes.
+
+    The views: requests, events, tapes, losses, and one per metric. `describe requests` lists the
+    columns of one; `tokentape metrics --markdown` describes them all.
+    """
+    from tokentape.analysis.session import connect
+
+    *paths, query = tapes_and_query
+    if not paths:
+        raise UsageError("sql: give at least one tape, then the query")
+    form = "json" if json else form
+    if form == "parquet" and out is None and sys.stdout.isatty():
+        raise UsageError("--format parquet: give --out FILE; a terminal cannot show it")
+    with connect(opened([Path(p) for p in paths], skip_damaged=skip_damaged)) as session:
+        table = session.table(query)
+    if out is None:
+        _write(table, form, sys.stdout.buffer)
+        return
+    try:
+        with out.open("wb" if force else "xb") as file:
+            _write(table, form, file)
+    except FileExistsError:
+        raise TapeError(f"{out}: exists; --force replaces it, or choose another --out") from None
+
+
+def _write(table: "pa.Table", form: str, binary: IO[bytes]) -> None:
+    if form == "parquet":
+        import pyarrow.parquet as pq
+
+        pq.write_table(table, binary)
+        return
+    names = table.column_names
+    columns = [column.to_pylist() for column in table.columns]
+    rows = list(zip(*columns, strict=True))
+    text = io.TextIOWrapper(binary, encoding="utf-8", newline="\n", write_through=True)
+    if form == "csv":
+        write_csv(names, rows, text)
+    elif form == "json":
+        import json
+
+        json.dump(
+            [dict(zip(names, row, strict=True)) for row in rows], text, indent=2, default=plain
+        )
+        text.write("\n")
+    else:
+        text.writelines(f"{line}\n" for line in table_lines(names, rows))
+    text.detach()

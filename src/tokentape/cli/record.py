@@ -1,0 +1,117 @@
+"""Verbs that make or mend a tape: capture, import, recover."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tokentape.cli import units
+from tokentape.cli.output import print_json, print_lines
+from tokentape.cli.progress import counting, say
+
+TapeToMake = Annotated[Path, typer.Option("--tape", metavar="DIR", help="The tape to write.")]
+Facts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fact", metavar="NAME=VALUE", help="What the tape shall remember: gpu=H100, tp=2, ..."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a tape that exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def command_line() -> list[str]:
+    """The command as a tape remembers it; each room hides what is secret in its own options."""
+    return ["tokentape", *sys.argv[1:]]
+
+
+def capture(
+    upstream: Annotated[
+        str, typer.Option(metavar="URL", help="The server to record: http(s)://HOST:PORT.")
+    ],
+    tape: TapeToMake,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where clients connect; port 0: any free one.")
+    ] = "127.0.0.1:8080",
+    content: Annotated[
+        Literal["none", "structure"],
+        typer.Option(help="none: times and lengths; structure: also which prompts share a prefix."),
+    ] = "structure",
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Key of the digests, one per fleet; else the tape's own."
+        ),
+    ] = None,
+    fact: Facts = None,
+) -> None:
+    """Record the traffic between clients and a server.
+
+    Clients send their requests to the address that is printed; they reach the server unchanged.
+    Ctrl-C ends: streams in flight finish first. A tape that exists is continued.
+    """
+    from tokentape.proxy.capture import CaptureOptions
+    from tokentape.proxy.capture import capture as run
+
+    units.address("--listen", listen)
+    options = CaptureOptions(
+        upstream=upstream,
+        tape=tape,
+        listen=listen,
+        content=content,
+        key_file=key_file,
+        facts=units.pairs("--fact", fact or []),
+        command=command_line(),
+    )
+    summary = run(options, lambda url: say(f"listening on {url}, recording to {tape}; Ctrl-C ends"))
+    print_lines([summary.text()])
+    if summary.losses:
+        lost = sum(summary.losses.values())
+        say(f"tokentape: warning: the tape is incomplete: {lost} requests lost; see info {tape}")
+
+
+def import_(
+    trace_format: Annotated[str, typer.Argument(metavar="FORMAT", help="azure or mooncake.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="The trace's files.")],
+    tape: TapeToMake,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Make a tape of a public trace.
+
+    Every row is kept or counted as dropped, with the reason.
+    """
+    from tokentape.traces.importers import import_trace
+
+    with counting("requests imported") as tell:
+        done = import_trace(
+            trace_format,
+            files,
+            tape,
+            force=force,
+            command=command_line(),
+            progress=lambda done: tell(done, ""),
+        )
+    dropped = "".join(f", {n} dropped ({reason})" for reason, n in sorted(done.dropped.items()))
+    if json:
+        print_json({"read": done.read, "written": done.written, "dropped": done.dropped})
+    else:
+        print_lines([f"{done.read} rows read, {done.written} requests written{dropped}"])
+
+
+def recover(
+    tape: Annotated[Path, typer.Argument(metavar="TAPE", help="A tape whose writer died.")],
+    json: Json = False,
+) -> None:
+    """Seal what a process that died left unsealed.
+
+    Requests that were open are kept with outcome cut.
+    """
+    from tokentape.traces.recover import recover as run
+
+    done = run(tape)
+    if json:
+        print_json({"rows": done.rows, "cut": done.cut, "events": done.events})
+    else:
+        print_lines([f"{done.rows} rows sealed ({done.cut} of them cut), {done.events} events"])
