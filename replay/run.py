@@ -28,7 +28,8 @@ from tokentape.traces.recording import Recorder
 
 __all__ = ["Plan", "Progress", "ReplayOptions", "RunSummary", "make_plan", "run_plan"]
 
-MOST_WARM = 2_000  # connections opened ahead: more streams than one worker should carry
+WARM_FACTOR = 4  # connections per request in flight as planned: a candidate may be that much slower
+MOST_WARM = 2_000  # more streams than one worker should carry
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ async def _send(
 ) -> Sent:
     await self_check()
     figures = plan.figures
-    warm = allow_files(min(figures["estimated_peak_in_flight"], len(plan), MOST_WARM))
+    wanted = WARM_FACTOR * figures["estimated_peak_in_flight"]
+    warm = allow_files(min(wanted, len(plan), MOST_WARM))
     async with open_client() as client:
         sender = Sender(
             client,
