@@ -1,4 +1,4 @@
-"""FORMAT.md, generated: what a tape holds, column by column, for those who read it without tokentape.
+"""FORMAT.md, generated: a tape column by column, for those who read it without tokentape.
 
 All facts come from schema.py; a test compares the committed page with this one. Write the page anew
 with `python -m tokentape.traces.format_doc >FORMAT.md` whenever the schema changes.
@@ -28,8 +28,8 @@ prod.tape/
 - Instants are INT64 nanoseconds since the tape's wall epoch (`wall_epoch_unix_ns` in tape.json),
   measured on a monotonic clock; each segment's footer names the clock and its anchors to the wall.
 - NULL means not known or not applicable. 0 means a measured zero.
-- A privacy mode holds what the modes before it hold: {modes}. The mode column below is the first
-  that may hold a value.
+- Privacy modes are {modes}; each may hold what the one before it may, and
+  the column "mode" below names the first that may hold the value.
 - `role` is one of {roles}.
 - A new nullable column is a minor version; a changed meaning is a major one, and readers refuse a
   major version that they do not know.

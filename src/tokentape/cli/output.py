@@ -5,7 +5,7 @@ null in JSON. Nothing but results goes to stdout.
 """
 
 import csv
-import datetime
+import datetime as dt
 import json
 import sys
 import uuid
@@ -41,7 +41,7 @@ def table_lines(names: Sequence[str], rows: Sequence[Sequence[object]]) -> Itera
 
 
 def write_csv(names: Sequence[str], rows: Iterable[Sequence[object]], out: IO[str]) -> None:
-    """RFC 4180 with \\n; lists and structs are JSON in their cell."""
+    """RFC 4180 with Unix line ends; lists and structs are JSON in their cell."""
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     writer.writerows([_cell(value) for value in row] for row in rows)
@@ -53,7 +53,7 @@ def plain(value: object) -> Any:
         return value.hex()
     if isinstance(value, uuid.UUID | Path):
         return str(value)
-    if isinstance(value, datetime.date | datetime.time):
+    if isinstance(value, dt.date | dt.time):
         return value.isoformat()
     if isinstance(value, Mapping):
         return dict(value)
