@@ -29,11 +29,11 @@ class Proxied:
         return f"http://{self.host}:{self.port}"
 
     def stop(self, number: int = signal.SIGTERM) -> str:
-        """Its stderr after it has sealed the tape; asserts that it ended well."""
+        """All that it said after it has sealed the tape; asserts that it ended well."""
         self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=60)
-        assert self.process.returncode == 0, said
-        return said
+        result, progress = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, progress
+        return result + progress
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the stopped capture, in order of arrival."""

@@ -76,7 +76,8 @@ async def ask_everything(base: str) -> list[tuple[str, bool, int, int, int]]:
             else:
                 reply = await client.completions.create(prompt=prompt, **common)
             path = "/v1/chat/completions" if chat else "/v1/completions"
-            events, usage = 0, reply.usage if not stream else None
+            events = 0
+            usage: Any = None if stream else reply.usage
             if stream:
                 async for chunk in reply:
                     usage = chunk.usage or usage

@@ -116,11 +116,16 @@ class TapeSink:
             if not self._complained:
                 self._complained = True
                 tell(
-                    self._channel, trouble=f"{self.writer.tape}: {error.strerror}; traffic goes on"
+                    self._channel, trouble=f"{self.writer.tape}: {_reason(error)}; traffic goes on"
                 )
             return False
         self._complained = False
         return True
+
+
+def _reason(error: OSError) -> str:
+    """The system's word for it; pyarrow puts a sentence of its own in strerror."""
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def _open_records(stream: int, row: dict[str, Any], events: list[bytes] | None) -> Any:

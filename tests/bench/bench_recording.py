@@ -16,8 +16,10 @@ from pathlib import Path
 from tokentape.traces.reader import open_tape
 from tokentape.traces.recording import Recorder
 
-TEXT = b'data: {"id":"cmpl-7f4e2a11","object":"text_completion","created":1795331367,\
-"model":"m","choices":[{"index":0,"text":" dokar","logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n'
+TEXT = (
+    b'data: {"id":"cmpl-7f4e2a11","object":"text_completion","created":1795331367,"model":"m",'
+    b'"choices":[{"index":0,"text":" dokar","logprobs":null,"finish_reason":null}]}\n\n'
+)
 USAGE = (
     b'data: {"id":"cmpl-7f4e2a11","choices":[],"usage":{"completion_tokens":%d}}\n\n'
     b"data: [DONE]\n\n"
