@@ -6,6 +6,7 @@ Reads the files and says what a recording holds; it must never change a byte or 
 import gzip
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Recording:
         """The whole body as it was recorded."""
         return b"".join(data for _, data in self.chunks)
 
-    @property
+    @cached_property
     def messages(self) -> list[dict[str, Any]]:
         """The JSON of each SSE message but [DONE]: in these recordings a chunk is a message."""
         return [json.loads(data[6:]) for _, data in self.chunks if data != DONE]
