@@ -41,10 +41,10 @@ _STEP = 0x9E3779B97F4A7C15
 
 @dataclass
 class ReplayOptions:
-    """What a user asks for. `headers` and the variable `key_env` hold secrets: never shown."""
+    """What a user asks for. `to`, `headers` and the variable `key_env` may hold secrets."""
 
     source: Path
-    to: str
+    to: str = field(repr=False)  # may hold credentials
     tape: Path | None = None
     speed: Fraction = Fraction(1)
     window: tuple[int | None, int | None] = (None, None)  # ns after the tape's first arrival

@@ -87,12 +87,10 @@ class Source:
 
 def read_source(tape: Tape, *, include_failed: bool = False) -> Source:
     """Read what a replay needs; TapeError when the tape holds no request at all."""
+    if not tape.rows:
+        rest = f" ({tape.unsealed_rows} rows unsealed: run recover)" if tape.unsealed_rows else ""
+        raise TapeError(f"{tape.path}: holds no request{rest}")
     table = tape.read(_COLUMNS).combine_chunks()
-    if not table.num_rows:
-        unsealed = (
-            f" ({tape.unsealed_rows} rows unsealed: run recover)" if tape.unsealed_rows else ""
-        )
-        raise TapeError(f"{tape.path}: holds no request{unsealed}")
     reason, reasons = _reasons(table, include_failed=include_failed)
     bytes_per_token = _bytes_per_token(table)
     guessed: dict[str, int] = {}

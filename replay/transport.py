@@ -240,13 +240,19 @@ class StampedConnector(aiohttp.TCPConnector):
     async def warm(self, url: URL, count: int) -> int:
         """Open connections and leave them in the pool; the number of them.
 
-        The first one resolves the name. Raises aiohttp.ClientError when the peer does not take it.
+        The first one resolves the name, and raises one of NO_REPLY when the peer does not take it;
+        a peer that takes no more after that gets no more.
         """
         request = ClientRequest("GET", url, loop=self._loop)
         opened = [await self.connect(request, [], NO_TIMEOUT)]
-        for start in range(1, count, WARM_AT_ONCE):
-            batch = range(start, min(start + WARM_AT_ONCE, count))
-            opened += await asyncio.gather(*(self.connect(request, [], NO_TIMEOUT) for _ in batch))
+        while len(opened) < count:
+            few = range(min(WARM_AT_ONCE, count - len(opened)))
+            batch = await asyncio.gather(
+                *(self.connect(request, [], NO_TIMEOUT) for _ in few), return_exceptions=True
+            )
+            opened += [c for c in batch if isinstance(c, aiohttp.connector.Connection)]
+            if any(isinstance(c, BaseException) for c in batch):
+                break
         for connection in opened:
             connection.release()
         return len(opened)

@@ -1,0 +1,215 @@
+"""The plan: said before anything is sent, complete, the same each time, and without secrets."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tokentape.replay.plan import ReplayOptions, make_plan
+from tokentape.replay.prompts import Length
+from tokentape.replay.targets import Form
+from tokentape.traces.errors import TapeError, UsageError
+from tokentape.traces.importers import import_trace
+from tokentape.traces.writer import TapeWriter
+
+SECOND = 1_000_000_000
+DATA = Path(__file__).parent.parent / ".." / "shared" / "data"
+URL = "http://127.0.0.1:1"
+
+
+def tape(path: Path, rows: list[dict[str, Any]], **facts: Any) -> Path:
+    writer = TapeWriter.create(path, role="capture", command=[], options={}, facts=facts)
+    for number, row in enumerate(rows):
+        known = {"request_id": number.to_bytes(16), "arrival_ns": number * SECOND, "outcome": "ok"}
+        writer.append(known | {"input_tokens": 10, "output_tokens": 5} | row)
+    writer.close()
+    return path
+
+
+def options(source: Path, **changes: Any) -> ReplayOptions:
+    return ReplayOptions(source=source, to=URL, model="m", **changes)
+
+
+def test_a_plan_says_what_will_be_sent(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"operation": "chat", "session_id": "a"},
+        {"operation": "text_completion", "session_id": "a"},
+        {"operation": "chat", "session_id": "b"},
+        {"outcome": "connect_error"},
+        {},
+    ]
+    plan = make_plan(options(tape(tmp_path / "t", rows), speed=Fraction(2)), offline=True)
+    text = plan.text()
+    assert text.startswith("plan: 4 of 5 requests (2 completions and 2 chat), 2 sessions\n")
+    assert "span: 2.0 s (recorded 4.0 s, speed 2x)" in text
+    assert "rate: mean 1.50/s, peak 2 in one second" in text
+    assert "tokens: 40 in, 20 out" in text
+    assert "left out: 1 never reached an engine (connect_error)" in text
+    figures = json.loads(json.dumps(plan.json()))
+    assert figures["requests"] == 4 and figures["input_tokens"] == 40
+    assert figures["candidate"]["url"] == URL + "/v1"
+
+
+def test_two_plans_of_one_tape_send_the_same_bytes_and_another_seed_does_not(
+    tmp_path: Path,
+) -> None:
+    source = tape(tmp_path / "t", [{"operation": o} for o in ("chat", "text_completion")])
+    plans = [make_plan(options(source, seed=seed), offline=True) for seed in (3, 3, 4)]
+    bodies = [[p.outgoing(i).body for i in range(2)] for p in plans]
+    assert bodies[0] == bodies[1]
+    assert all(a != b for a, b in zip(bodies[0], bodies[2], strict=True))
+
+
+def test_each_request_goes_where_it_went_unless_an_endpoint_is_named(tmp_path: Path) -> None:
+    source = tape(tmp_path / "t", [{"operation": o} for o in ("chat", "text_completion", None)])
+    paths = {
+        endpoint: [
+            make_plan(options(source, endpoint=endpoint), offline=True).outgoing(i).url.path
+            for i in range(3)
+        ]
+        for endpoint in ("recorded", "chat", "completions")
+    }
+    chat, completions = "/v1/chat/completions", "/v1/completions"
+    assert paths["recorded"] == [chat, completions, completions]
+    assert paths["chat"] == [chat] * 3 and paths["completions"] == [completions] * 3
+
+
+def test_a_row_says_what_its_body_says(tmp_path: Path) -> None:
+    block = {"block_tokens": 4, "block_unit": "token", "block_scope": "tape", "prefix_partial": 2}
+    rows = [block | {"block_hashes": [1, 2], "stream": False, "session_id": "s", "turn_index": 3}]
+    out = make_plan(options(tape(tmp_path / "t", rows)), offline=True).outgoing(0)
+    body = json.loads(out.body)
+    assert len(body["prompt"]) == out.row["planned_input_tokens"] == 10
+    assert body["max_tokens"] == out.row["planned_output_tokens"] == out.row["max_tokens"] == 5
+    assert body["stream"] is out.row["stream"] is False
+    assert out.row["source_request_id"] == bytes(16)
+    assert out.row["block_hashes"] == [1, 2] and out.row["prefix_partial"] == 2
+    assert (out.row["session_id"], out.row["turn_index"]) == ("s", 3)
+    assert out.row["endpoint"] == "/v1/completions"
+
+
+def test_prompts_are_made_as_long_as_the_candidates_template_leaves_room_for(
+    tmp_path: Path,
+) -> None:
+    source = tape(tmp_path / "t", [{"operation": "chat", "input_tokens": n} for n in (30, 3)])
+    plan = make_plan(options(source), offline=True)
+    form = plan.target.forms["chat"]
+    plan.target.forms["chat"] = Form(
+        "chat", "m", form.writing, Length(8, 1.0), form.pinning, "measured"
+    )
+    sizes = [
+        len(json.loads(plan.outgoing(i).body)["messages"][0]["content"].split()) for i in range(2)
+    ]
+    assert sizes == [22, 1]
+    assert plan.shortest_input_tokens == 9
+    assert "1 prompts are shorter than the candidate's template" in plan.text()
+
+
+def test_what_a_reader_must_know_is_said(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"output_tokens": 0, "n_choices": 4},
+        {"parents": [bytes(16)], "input_tokens": None, "prompt_bytes": 80},
+        {"block_tokens": 512, "block_unit": "byte", "block_hashes": [1]},
+    ]
+    source = tape(tmp_path / "t", rows, arrival_resolution_ns=3 * SECOND)
+    text = make_plan(options(source), offline=True).text()
+    for said in (
+        "arrivals are 3.0 s apart or together",
+        "1 requests waited for others",
+        "1 requests had no output: one token is asked",
+        "1 requests had several choices",
+        "prefix blocks are counted in bytes",
+        "1 prompt tokens guessed from bytes",
+    ):
+        assert said in text
+
+
+def test_the_share_of_repeated_blocks_counts_scopes_apart(tmp_path: Path) -> None:
+    def row(hashes: list[int], scope: str, session: str) -> dict[str, Any]:
+        block = {"block_tokens": 4, "block_unit": "token", "block_scope": scope}
+        return block | {"block_hashes": hashes, "session_id": session}
+
+    rows = [
+        row([1, 2], "tape", "a"),
+        row([1, 3], "tape", "b"),
+        row([1, 2], "session", "a"),
+        row([1, 2], "session", "b"),
+        row([1, 2, 4], "session", "a"),
+    ]
+    figures = make_plan(options(tape(tmp_path / "t", rows)), offline=True).figures
+    assert (figures["prefix_blocks"], figures["prefix_blocks_repeated"]) == (11, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"endpoint": "nonsense"}, "--endpoint nonsense"),
+        ({"speed": Fraction(0)}, "--speed"),
+        ({"to": "ftp://h"}, "unknown URL scheme"),
+        ({"window": (3600 * SECOND, None)}, "nothing to replay"),
+        ({"max_requests": 0}, "nothing to replay"),
+        ({"key_env": "NOT_SET_ANYWHERE"}, "is not set"),
+    ],
+)
+def test_an_option_that_cannot_be_right_is_one_line(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    wanted: dict[str, Any] = {"source": tape(tmp_path / "t", [{}]), "to": URL, "model": "m"}
+    with pytest.raises(UsageError, match=said) as caught:
+        make_plan(ReplayOptions(**(wanted | changes)), offline=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_no_tape_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(TapeError, match="not a tape"):
+        make_plan(options(tmp_path), offline=True)
+
+
+def test_secrets_are_in_no_form_of_the_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEY_HERE", "sk-one-canary")
+    secret = options(
+        tape(tmp_path / "t", [{}]),
+        headers={"X": "sk-two-canary"},
+        key_env="KEY_HERE",
+        command=["--header", "X=sk-two-canary"],
+    )
+    plan = make_plan(secret, offline=True)
+    shown = repr(secret) + json.dumps(secret.as_dict()) + plan.text() + json.dumps(plan.json())
+    assert "canary" not in shown + repr(plan.target)
+    assert plan.outgoing(0).headers["Authorization"] == "Bearer sk-one-canary"
+
+
+def test_the_azure_trace_is_planned_whole(tmp_path: Path) -> None:
+    path = DATA / "azure" / "AzureLLMInferenceTrace_code.csv"
+    if not path.exists():
+        pytest.skip("sample data is not here")
+    import_trace("azure", [path], tmp_path / "t")
+    plan = make_plan(options(tmp_path / "t", speed=Fraction(2)), offline=True)
+    assert len(plan) == plan.figures["requests_on_tape"] == 8819
+    ends = plan.source.offered.arrival_ns
+    assert plan.schedule.span_ns == (int(ends.max()) - int(ends.min())) // 2
+    assert plan.figures["input_tokens"] == int(plan.source.input_tokens.sum())
+    assert not plan.figures["left_out"]
+
+
+def test_mooncake_prompts_repeat_the_blocks_that_the_trace_repeats(tmp_path: Path) -> None:
+    path = DATA / "mooncake" / "conversation_trace.jsonl"
+    if not path.exists():
+        pytest.skip("sample data is not here")
+    import_trace("mooncake", [path], tmp_path / "t")
+    plan = make_plan(options(tmp_path / "t"), offline=True)
+    figures = plan.figures
+    assert figures["prefix_blocks_repeated"] / figures["prefix_blocks"] == pytest.approx(
+        0.366, abs=0.001
+    )
+    assert "arrivals are 3.0 s apart" in plan.text()
+    for number in (0, 5000, 12_000):
+        prompt = json.loads(plan.outgoing(number).body)["prompt"]
+        index = plan.schedule.source_index[number]
+        assert len(prompt) == plan.source.input_tokens[index]
+    assert np.all(np.diff(plan.schedule.due_ns) >= 0)
