@@ -6,6 +6,7 @@ Rooms are imported when a verb runs, never before: `tokentape --help` must stay 
 only place that turns errors into one line and an exit code.
 """
 
+import contextlib
 import errno
 import os
 import sys
@@ -21,13 +22,12 @@ _FAILED = 1
 
 def run() -> NoReturn:
     """Run the command line of this process and leave with its exit code."""
-    try:
-        code = _outcome(sys.argv[1:])
+    code = _outcome(sys.argv[1:])
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = _FAILED
-    sys.exit(code)
+        sys.exit(code)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has no reader
+    sys.exit(code or _FAILED)
 
 
 def _outcome(arguments: list[str]) -> int:
@@ -36,24 +36,25 @@ def _outcome(arguments: list[str]) -> int:
     from tokentape.cli.grammar import parse_and_call
 
     try:
-        return parse_and_call(arguments)
+        code = parse_and_call(arguments)
+        sys.stdout.flush()
     except TokentapeError as error:
         return _complain(str(error), error.exit_code)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "tokentape"
         said = error.format_message().replace("Value error, ", "").rstrip(".")
-        message = f"{said}; see {command} --help"
-        return _complain(message, UsageError.exit_code)
+        return _complain(f"{said}; see {command} --help", UsageError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # the reader of our output has seen enough
+        return _FAILED
     except OSError as error:
         if error.filename is None and error.errno not in _FULL:
             raise  # a defect of tokentape: its traceback says where
         where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
         return _complain(f"{where}{error.strerror}", _FAILED)
+    return code
 
 
 def _complain(message: str, code: int) -> int:

@@ -28,9 +28,13 @@ REPORT_COLUMNS = 100  # where there is no terminal
 
 def opened(paths: Sequence[Path], *, skip_damaged: bool) -> "list[Tape]":
     """The tapes that paths or globs name."""
-    from tokentape.traces.reader import open_tapes
+    from tokentape.traces.reader import Tape, open_any
 
-    return [tape for path in paths for tape in open_tapes(path, skip_damaged=skip_damaged)]
+    found: list[Tape] = []
+    for path in paths:
+        one_or_more = open_any(path, skip_damaged=skip_damaged)
+        found += [one_or_more] if isinstance(one_or_more, Tape) else one_or_more
+    return found
 
 
 def info(tapes: Tapes, json: Json = False) -> None:

@@ -51,17 +51,18 @@ def capture(
     Clients send their requests to the address that is printed; they reach the server unchanged.
     Ctrl-C ends: streams in flight finish first. A tape that exists is continued.
     """
+    units.address("--listen", listen)  # before a second goes by with imports
+    facts = units.pairs("--fact", fact or [])
     from tokentape.proxy.capture import CaptureOptions
     from tokentape.proxy.capture import capture as run
 
-    units.address("--listen", listen)
     options = CaptureOptions(
         upstream=upstream,
         tape=tape,
         listen=listen,
         content=content,
         key_file=key_file,
-        facts=units.pairs("--fact", fact or []),
+        facts=facts,
         command=command_line(),
     )
     summary = run(options, lambda url: say(f"listening on {url}, recording to {tape}; Ctrl-C ends"))
