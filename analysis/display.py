@@ -3,6 +3,7 @@
 Only for showing. Nothing may be computed from what this file returns.
 """
 
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -47,6 +48,13 @@ def ratio(value: float | None, base: float | None) -> str:
     if value is None or not base:
         return NOTHING
     return f"{figure(value / base)}x"
+
+
+def share(part: float | None) -> str:
+    """A part of a whole in per cent, rounded down: 100 % is all of it."""
+    if part is None:
+        return NOTHING
+    return "100 %" if part >= 1 else f"{math.floor(part * 10_000) / 100:.2f} %"
 
 
 def count(n: int | None) -> str:

@@ -180,7 +180,7 @@ def _head(path: Path, comment: list[str]) -> Module:
 
 def _metric(where: str, module: str, comment: list[str]) -> Metric:
     first, *rest = _unfold(comment)
-    fields = dict(m.groups() for line in rest if (m := _FIELD.fullmatch(line)))
+    fields = {m[1]: m[2] for line in rest if (m := _FIELD.fullmatch(line))}
     if tuple(fields) != METRIC_FIELDS or len(rest) != len(METRIC_FIELDS):
         raise ModuleError(
             f"{where}: a metric has exactly {', '.join(METRIC_FIELDS)}, in this order"

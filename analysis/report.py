@@ -4,6 +4,7 @@ Both show the same rows of metrics_long. A number that stands on too few samples
 is missing is said, and nothing is computed here but the ratio of two shown numbers.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,8 @@ _TAPES = """
 WITH
   _models AS (
     SELECT run, list(model ORDER BY requests DESC, model) AS models
-    FROM (SELECT run, model, count(*) AS requests FROM requests WHERE model IS NOT NULL GROUP BY ALL)
+    FROM (SELECT run, model, count(*) AS requests FROM requests GROUP BY ALL)
+    WHERE model IS NOT NULL
     GROUP BY run
   )
 SELECT
@@ -54,6 +56,8 @@ FROM tapes
 LEFT JOIN _models USING (run)
 LEFT JOIN (SELECT run, from_ns, until_ns FROM rates) USING (run)
 """
+_ERRORS = "FROM outcomes_errors ORDER BY requests DESC, outcome, http_status, error_type"
+_CAUSES = "FROM schedule_causes WHERE late_cause IS NOT NULL ORDER BY requests DESC, late_cause"
 
 
 @dataclass(frozen=True)
@@ -80,15 +84,15 @@ class Report:
         }
 
     def text(self, width: int = 100) -> str:
-        """Tables for a terminal; several tapes one under the other, with their ratio to the first."""
+        """Tables for a terminal; the ratio of every further tape to the first one."""
         parts = [
             self._identity(width),
             self._outcomes(width),
-            self._distributions("latency, requests that ended well", LATENCY, width),
+            self._distributions("latency (outcome ok)", LATENCY, width),
             self._rates(width),
             self._concurrency(width),
             self._clocks(width),
-            self._distributions("lateness, all requests that were sent", LATENESS, width),
+            self._distributions("lateness (all sent)", LATENESS, width),
             self._causes(width),
             self._verdicts(),
         ]
@@ -98,10 +102,7 @@ class Report:
     def _runs(self) -> list[str]:
         return [t["run"] for t in self.tapes]
 
-    def _row(self, run: str, metric: str, stat: str) -> Row:
-        return self._index[run, metric, stat]
-
-    @property
+    @functools.cached_property
     def _index(self) -> dict[tuple[str, str, str], Row]:
         return {(r["run"], r["metric"], r["stat"]): r for r in self.metrics}
 
@@ -119,9 +120,19 @@ class Report:
                     display.duration(tape["until_ns"] - tape["from_ns"] if known else None),
                     display.count(tape["sealed_requests"]),
                     display.count(tape["sealed_events"]),
+                    display.share(self._index[tape["run"], "ttft", "max"]["coverage"]),
                 ]
             )
-        head = ["tape", "model", "role", "first arrival", "duration", "requests", "events"]
+        head = [
+            "tape",
+            "model",
+            "role",
+            "first arrival",
+            "duration",
+            "requests",
+            "events",
+            "of all seen",
+        ]
         return [*display.table(head, rows, width, texts=2), *self._missing()]
 
     def _missing(self) -> Iterator[str]:
@@ -139,7 +150,8 @@ class Report:
 
     def _outcomes(self, width: int) -> list[str]:
         found = [r for r in self.metrics if r["metric"] == "outcomes"]
-        shown = [s for s in dict.fromkeys(r["stat"] for r in found) if s == "ok" or _any(found, s)]
+        happened = {r["stat"] for r in found if r["value"]}
+        shown = ["ok", *sorted(happened - {"ok"})]
         index = self._index
         rows = [
             [run, *(display.count(_whole(index.get((run, "outcomes", s)))) for s in shown)]
@@ -152,9 +164,10 @@ class Report:
         return [*display.table(["outcomes", *shown], rows, width), *errors]
 
     def _distributions(self, title: str, names: Iterable[str], width: int) -> list[str]:
-        rows, empty = [], []
+        rows: list[list[str]] = []
+        empty: list[str] = []
         for name in names:
-            if not any(self._row(run, name, "max")["n"] for run in self._runs):
+            if not any(self._index[run, name, "max"]["n"] for run in self._runs):
                 empty.append(self.titles[name])
                 continue
             rows += self._distribution(name)
@@ -184,7 +197,7 @@ class Report:
             base = base or found
 
     def _rates(self, width: int) -> list[str]:
-        head = ["per second, first arrival to last end", *("requests offered", "completed")]
+        head = ["per second, whole run", *("requests offered", "completed")]
         head += ["input tokens", "uncached", "output"]
         index = self._index
         found = [[index[run, name, "value"]["value"] for name in RATES] for run in self._runs]
@@ -194,9 +207,7 @@ class Report:
         index = self._index
         stats = ("mean", *PERCENTILES[:3], "max")
         found = [[index[run, "in_flight", s]["value"] for s in stats] for run in self._runs]
-        return display.table(
-            ["requests in flight, over time", *stats], self._with_ratios(found), width
-        )
+        return display.table(["in flight, over time", *stats], self._with_ratios(found), width)
 
     def _with_ratios(self, found: Sequence[Sequence[float | None]]) -> list[list[str]]:
         rows = []
@@ -264,7 +275,7 @@ class Report:
 
 
 def report(session: Session) -> Report:
-    """Ask everything that the report shows; two passes over the events, one for ICL, one for ITL."""
+    """Ask all that the report shows; two passes over the events, one for ICL, one for ITL."""
     order = {run: i for i, run in enumerate(session.labels)}
 
     def rows(query: str) -> list[Row]:
@@ -280,12 +291,8 @@ def report(session: Session) -> Report:
         titles=dict(session.sql("SELECT metric, title FROM metrics").fetchall()),
         clocks=rows("FROM clocks ORDER BY stamp, requests DESC, clock"),
         quality=rows("FROM clocks_quality"),
-        errors=rows(
-            "FROM outcomes_errors ORDER BY requests DESC, outcome, http_status, error_type"
-        ),
-        late_causes=rows(
-            "FROM schedule_causes WHERE late_cause IS NOT NULL ORDER BY requests DESC"
-        ),
+        errors=rows(_ERRORS),
+        late_causes=rows(_CAUSES),
     )
 
 
@@ -297,10 +304,6 @@ def _shown(row: Row) -> str:
 
 def _over(i: int) -> str:
     return f"#{i + 1} / #1"
-
-
-def _any(rows: Iterable[Row], stat: str) -> bool:
-    return any(r["value"] for r in rows if r["stat"] == stat)
 
 
 def _whole(row: Row | None) -> int:
