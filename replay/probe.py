@@ -102,13 +102,15 @@ class Probe:
         if units == "words":
             counted = [await self._tokenize(form, n) for n in (SHORT, LONG)]
             if (rule := _rule(*counted)) is not None and short.prompt_tokens in (counted[0], None):
-                return replace(form, length=rule, rung=_said(units, rule, "/tokenize"))
+                return replace(
+                    form, length=rule, rung=_said(units, rule, "/tokenize"), counted=True
+                )
         long = await self._ask(form, LONG)
         rule = _rule(short.prompt_tokens, long.prompt_tokens)
         if rule is None:
             rung = f"{units}, one each; the candidate's usage does not count them, so not verified"
             return replace(form, rung=rung)
-        return replace(form, length=rule, rung=_said(units, rule, "usage"))
+        return replace(form, length=rule, rung=_said(units, rule, "usage"), counted=True)
 
     async def _ask(self, form: Form, units: int) -> Answer:
         body = form.body(self._draws(units), 1, stream=True)

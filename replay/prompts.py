@@ -63,11 +63,12 @@ class PromptSource:
         """One draw per token of a prompt; cost about 20 ns each."""
         size = blocks.block_tokens
         shared = min(tokens, size * len(blocks.hashes))
-        used = -(-shared // size)
-        keys = blocks.hashes[:used].astype(np.int64).view(np.uint64) * _STEP
-        keys = _mix(keys + self._key(b"blocks", blocks.namespace.encode()))
-        parts = [_counted(keys, size).ravel()[:shared]]
-        if tokens > shared:
+        parts = []
+        if shared:
+            hashes = blocks.hashes[: -(-shared // size)].astype(np.int64).view(np.uint64)
+            keys = _mix(hashes * _STEP + self._key(b"blocks", blocks.namespace.encode()))
+            parts.append(_counted(keys, size).ravel()[:shared])
+        if tokens > shared or not shared:
             own = np.array([self._key(b"request", request_id)], dtype=np.uint64)
             parts.append(_counted(own, tokens - shared).ravel())
         return np.concatenate(parts)

@@ -78,6 +78,7 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
         open_tape(options.tape),
         sent,
         shortest_input_tokens=plan.shortest_input_tokens,
+        prompts_counted=all(form.counted for form in plan.target.forms.values()),
         losses=lost,
     )
     _add_facts(options.tape, {"verdict": verdict.as_dict()})

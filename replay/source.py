@@ -6,6 +6,7 @@ guessed by one stated rule and counted in `guessed`. It never decides when a req
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,9 @@ class Source:
 
     def blocks(self, index: int) -> Blocks:
         """The prefix blocks of a request, in tokens."""
-        hashes = self.table["block_hashes"][index]
+        if "block_hashes" not in self._taken:
+            return NO_BLOCKS
+        hashes = self._taken["block_hashes"][index]
         if not hashes.is_valid or not len(hashes.values):
             return NO_BLOCKS
         size = int(self.table["block_tokens"][index].as_py() or 0)
@@ -81,8 +84,14 @@ class Source:
 
     def columns(self, index: int) -> dict[str, Any]:
         """Columns that a replayed request takes over from its source."""
-        names = (*_COPIED, *_BLOCK, "block_hashes")
-        return {name: self.table[name][index].as_py() for name in names}
+        cells = {name: column[index] for name, column in self._taken.items()}
+        return {name: cell.as_py() for name, cell in cells.items() if cell.is_valid}
+
+    @cached_property
+    def _taken(self) -> dict[str, pa.Array]:
+        """The columns taken over that say anything at all."""
+        taken = {n: self.table[n].combine_chunks() for n in (*_COPIED, *_BLOCK, "block_hashes")}
+        return {name: column for name, column in taken.items() if column.null_count < len(self)}
 
 
 def read_source(tape: Tape, *, include_failed: bool = False) -> Source:

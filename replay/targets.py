@@ -142,6 +142,7 @@ class Form:
     length: Length
     pinning: Pinning
     rung: str
+    counted: bool = False  # the candidate's usage was seen to follow the prompt
 
     def body(self, draws: Draws, output_tokens: int, *, stream: bool) -> bytes:
         """The request body; `draws` has one entry per unit that `length` asks for."""

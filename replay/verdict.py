@@ -109,18 +109,24 @@ class Verdict:
 
 
 def judge_run(
-    tape: Tape, sent: Sent, *, shortest_input_tokens: int = 0, losses: dict[str, int] | None = None
+    tape: Tape,
+    sent: Sent,
+    *,
+    shortest_input_tokens: int = 0,
+    prompts_counted: bool = True,
+    losses: dict[str, int] | None = None,
 ) -> Verdict:
     """The verdict on a sealed run.
 
     shortest_input_tokens: what the candidate's template makes of the shortest prompt; a request
-    planned shorter is an exception, not a miss.
+    planned shorter is an exception, not a miss. prompts_counted: False when the candidate's usage
+    says nothing about prompts, so that no miss can be told from it.
     """
     verdict = Verdict()
     table = tape.read(COLUMNS)
     _judge_schedule(verdict, table)
     _judge_outcomes(verdict, table, sent)
-    _judge_lengths(verdict, table, shortest_input_tokens)
+    _judge_lengths(verdict, table, shortest_input_tokens, prompts_counted=prompts_counted)
     _judge_stamps(verdict, table, sent)
     health = sent.health
     verdict.figures |= {"cpu_share": health.cpu_share, "steal_share": health.steal_share}
@@ -199,29 +205,31 @@ def _judge_outcomes(verdict: Verdict, table: pa.Table, sent: Sent) -> None:
     verdict.judge(share, FAILED_SHARE, f"{100 * share:.1f} % of the requests failed: {kinds}")
 
 
-def _judge_lengths(verdict: Verdict, table: pa.Table, shortest_input_tokens: int) -> None:
+def _judge_lengths(
+    verdict: Verdict, table: pa.Table, shortest_input_tokens: int, *, prompts_counted: bool
+) -> None:
     ok = table.filter(pc.equal(table["outcome"], "ok"))
     for name, least in (("input", shortest_input_tokens), ("output", 1)):
         both = ok.select([f"{name}_tokens", f"planned_{name}_tokens"]).drop_null()
         got, planned = _ints(both[0]), _ints(both[1])
+        believed = prompts_counted or name == "output"
         exception = planned < least
-        matched = int((got == planned)[~exception].sum())
-        counted = int((~exception).sum())
+        matched = int((got == planned)[~exception].sum()) if believed else 0
+        counted = int((~exception).sum()) if believed else 0
         verdict.figures[f"{name}_match"] = {
             "matched": matched,
             "counted": counted,
             "exceptions": int(exception.sum()),
-            "unknown": ok.num_rows - len(got),
+            "unknown": ok.num_rows - counted - int(exception.sum()),
         }
         if counted:
-            missed = 1 - matched / counted
             verdict.judge(
-                missed,
+                1 - matched / counted,
                 LENGTH_MISSED,
                 f"{name} tokens: {counted - matched} of {counted} requests are not as planned",
             )
-        elif ok.num_rows:
-            verdict.blame("suspect", f"{name} tokens: the candidate reports none, so not verified")
+        elif ok.num_rows > exception.sum():
+            verdict.blame("suspect", f"{name} tokens: the candidate counts none, so not verified")
 
 
 def _judge_stamps(verdict: Verdict, table: pa.Table, sent: Sent) -> None:

@@ -99,7 +99,7 @@ def test_blocks_come_with_their_size_and_their_scope(tmp_path: Path) -> None:
     assert source.blocks(1).namespace == "s"
     assert len(source.blocks(2).hashes) == len(source.blocks(3).hashes) == 0
     assert source.columns(0)["block_hashes"] == [1, -2]
-    assert source.columns(1)["session_id"] == "s" and source.columns(3)["session_id"] is None
+    assert source.columns(1)["session_id"] == "s" and source.columns(3) == {}
     assert not source.approximate_blocks
 
 

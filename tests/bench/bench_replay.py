@@ -1,0 +1,188 @@
+"""Errors of a replay against a server that knows the truth: arrival of events, schedule of requests.
+
+    python tests/bench/bench_replay.py REFSERVER_DIR [--rates 100,200,500] [--seconds 8]
+        [--tokens 50] [--gap-ms 20] [--step] [--control] [--first]
+
+REFSERVER_DIR holds `refserver` (built) and its `truth.py`. Every rate is one whole replay: a
+synthetic tape, plan, run, tape, verdict; the errors are read from the run's tape. `--step` makes all
+streams of the server step together; `--control` runs the server's naive client in the same minute;
+`--first` gives server and clients (not the tape's writer) real-time priority, where that is allowed.
+All errors in us. Trust a line only if the server's own lateness is low and steal is under 1 %.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tokentape.replay.plan import Plan, ReplayOptions, make_plan
+from tokentape.replay.run import run_plan
+from tokentape.replay.sender import Outgoing
+from tokentape.traces.reader import Tape, open_tape
+from tokentape.traces.writer import TapeWriter
+
+NS_PER_S = 1_000_000_000
+PROMPT_TOKENS = 200
+PORT = 18_080
+URL = f"http://127.0.0.1:{PORT}"
+
+
+class TaggedPlan(Plan):
+    """A plan whose requests carry their number, so that the server's log can be joined."""
+
+    def outgoing(self, number: int) -> Outgoing:
+        out = super().outgoing(number)
+        return dataclasses.replace(out, headers=out.headers | {"x-tag": str(number)})
+
+
+def synthetic_tape(path: Path, rate: int, seconds: float, tokens: int) -> Path:
+    """Constant rate, one length."""
+    writer = TapeWriter.create(path, role="import", command=[], options={}, facts={})
+    for number in range(int(rate * seconds)):
+        row = {"request_id": number.to_bytes(16), "arrival_ns": number * NS_PER_S // rate}
+        counts = {"input_tokens": PROMPT_TOKENS, "output_tokens": tokens}
+        writer.append(row | counts | {"outcome": "ok"})
+    writer.close()
+    return path
+
+
+def seen_by_replay(tape: Tape) -> tuple[pa.Table, Any]:
+    """(request, seq, monotonic ns) of every event, and the due instants by row."""
+    table = tape.read(["response_id", "send_ns", "off_us", "arrival_ns"])
+    anchor = tape.segments[0].anchors[0]
+    epoch = int(tape.facts["wall_epoch_unix_ns"])
+    to_monotonic = epoch + anchor["monotonic_ns"] - anchor["wall_unix_ns"]
+    due = table["arrival_ns"].to_numpy() + to_monotonic
+    kept = table.filter(pc.is_valid(table["response_id"])).combine_chunks()
+    off = kept["off_us"].combine_chunks()
+    parent = pc.list_parent_indices(off).to_numpy()
+    flat = pc.list_flatten(off).to_numpy().astype(np.int64)
+    first = np.r_[0, np.cumsum(pc.list_value_length(off).to_numpy())][:-1]
+    t_ns = kept["send_ns"].to_numpy()[parent] + flat * 1000 + to_monotonic
+    seq = np.arange(len(parent)) - first[parent]
+    names = kept["response_id"].take(pa.array(parent))
+    return pa.table({"response_id": names, "seq": seq, "t_ns": t_ns}), due
+
+
+def load_truth(folder: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("truth", folder / "truth.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compare(truth: ModuleType, prefix: Path, seen: pa.Table, due: Any) -> dict[str, Any]:
+    """The server's log against what was seen."""
+    urllib.request.urlopen(URL + "/__dump").read()
+    requests = np.fromfile(f"{prefix}.req.bin", truth.REQ)
+    events = np.fromfile(f"{prefix}.ev.bin", truth.EV)
+    if due is not None:
+        tagged = requests["ntok"] > 1  # the probes ask for one token
+        requests["due"][tagged] = due[requests["tag"][tagged].astype(np.int64)]
+    number = truth.request_number(seen["response_id"].combine_chunks())
+    seq, t_ns = (seen[n].combine_chunks().to_numpy() for n in ("seq", "t_ns"))
+    return dict(truth.compare(requests, events, number, seq, t_ns))
+
+
+def line(name: str, found: dict[str, Any], more: str) -> str:
+    def spread(key: str) -> str:
+        stats = found[key]
+        if not stats["n"]:
+            return "-"
+        return " / ".join(f"{stats[q]:,.0f}" for q in ("p50", "p99", "p99.9"))
+
+    return (
+        f"{name:24} arrival {spread('arrival_error_us'):>22}  first {spread('first_event_error_us'):>22}"
+        f"  schedule {spread('schedule_error_us'):>22}  server {spread('server_lateness_us'):>20}"
+        f"  joined {found['events_joined']}/{found['events_server']}  {more}"
+    )
+
+
+def replay_once(args: argparse.Namespace, truth: ModuleType, folder: Path, rate: int) -> str:
+    source = synthetic_tape(folder / f"source-{rate}", rate, args.seconds, args.tokens)
+    options = ReplayOptions(source=source, to=URL, tape=folder / f"run-{rate}", seed=1)
+    plan = make_plan(options)
+    tagged = TaggedPlan(**{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)})
+    urllib.request.urlopen(URL + "/__reset").read()
+    cpu = time.process_time()
+    summary = run_plan(tagged)
+    cpu = time.process_time() - cpu
+    seen, due = seen_by_replay(open_tape(summary.tape))
+    found = compare(truth, folder / "log", seen, due)
+    figures = summary.verdict.figures
+    more = (
+        f"{summary.verdict.level}, coalesced {100 * (figures['coalesced_share'] or 0):.2f} %, "
+        f"rate {100 * (figures['rate']['achieved_over_offered'] or 0):.2f} %, "
+        f"cpu {1e6 * cpu / max(1, summary.rows):.0f} us/req, steal {figures['steal_share']}"
+    )
+    return line(f"replay {rate}/s", found, more)
+
+
+def control_once(args: argparse.Namespace, truth: ModuleType, folder: Path, rate: int) -> str:
+    urllib.request.urlopen(URL + "/__reset").read()
+    out = folder / f"control-{rate}.parquet"
+    client = ["chrt", "-f", "40"] if args.first else []
+    client += [sys.executable, str(args.refserver / "example_client.py")]
+    subprocess.run([*client, str(rate), str(args.seconds), str(args.tokens), str(out)], check=True)
+    table = pq.read_table(out)
+    seen = pa.table(
+        {
+            "response_id": truth.pick(table, "req", None).cast(pa.string()),
+            "seq": truth.pick(table, "seq", None),
+            "t_ns": truth.pick(table, "t", None),
+        }
+    )
+    return line(f"naive client {rate}/s", compare(truth, folder / "log", seen, None), "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("refserver", type=Path)
+    parser.add_argument("--rates", default="100,200,500")
+    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--tokens", type=int, default=50)
+    parser.add_argument("--gap-ms", type=float, default=20)
+    parser.add_argument("--step", action="store_true")
+    parser.add_argument("--control", action="store_true")
+    parser.add_argument("--first", action="store_true")
+    args = parser.parse_args()
+    truth = load_truth(args.refserver)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        flags = ["-b"] if args.step else ["-j"]
+        command = [str(args.refserver / "refserver"), "-p", str(PORT), "-1", "100000"]
+        command += ["-2", str(int(args.gap_ms * 1000)), "-l", str(folder / "log"), *flags]
+        server = subprocess.Popen(command)
+        if args.first:
+            os.sched_setscheduler(server.pid, os.SCHED_FIFO, os.sched_param(50))
+            clients = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+            os.sched_setscheduler(0, clients, os.sched_param(40))
+        try:
+            time.sleep(0.3)
+            for rate in map(int, args.rates.split(",")):
+                print(replay_once(args, truth, folder, rate), flush=True)
+                if args.control:
+                    print(control_once(args, truth, folder, rate), flush=True)
+        finally:
+            server.terminate()
+            server.wait()
+
+
+if __name__ == "__main__":
+    main()
