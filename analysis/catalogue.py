@@ -10,7 +10,7 @@ from tokentape.analysis.modules import Entry, Metric, Module, SqlObject, load_or
 
 _INTRODUCTION = """# Metrics
 
-Generated from the comments in `analysis/sql/` by `tokentape metrics --markdown`; do not edit.
+Generated from the comments in `analysis/sql/` by `analysis/catalogue.py`; do not edit.
 
 - Failed requests are never dropped. Latency stands on requests with outcome `ok`; `n` says how many
   samples a number has, `attempted` how many requests the tape holds, `coverage` which part of what

@@ -28,6 +28,7 @@ ROWS, TELEMETRY_ROWS = "_rows_of_tapes", "_telemetry"  # what prelude.schema sta
 
 _READING_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
 _RUNNING_FUNCTIONS = {"query", "json_execute_serialized_sql"}  # run SQL that they get as text
+_DATA_ERRORS = (duckdb.IOException, duckdb.InvalidInputException, duckdb.OutOfMemoryException)
 _EXPLAIN = re.compile(r"\s*explain\s+(?:analyze\s+)?", re.IGNORECASE)
 
 _TAPES = pa.schema(
@@ -90,7 +91,7 @@ class Session:
             _refuse_writing(cursor, query)
             return cursor.sql(query)
         except duckdb.Error as error:
-            raise _shown(error) from None
+            raise _shown(error, self.tapes) from None
 
     def table(self, query: str) -> pa.Table:
         """The whole result of one SELECT; UsageError or TapeError, one line, when it fails."""
@@ -98,7 +99,7 @@ class Session:
         try:
             return relation.to_arrow_table()
         except duckdb.Error as error:
-            raise _shown(error) from None
+            raise _shown(error, self.tapes) from None
 
 
 def connect(
@@ -124,7 +125,7 @@ def connect(
         _lock(connection, opened)
     except duckdb.Error as error:
         connection.close()
-        raise _shown(error) from None
+        raise _shown(error, opened) from None
     return session
 
 
@@ -280,7 +281,7 @@ def _comments(made: SqlObject) -> Iterator[str]:
 
 def _lock(connection: duckdb.DuckDBPyConnection, tapes: list[Tape]) -> None:
     """Leave nothing open but the tapes' files, and a folder of its own to spill into."""
-    files = [str(p) for t in tapes for p in (*(s.path for s in t.segments), *t.telemetry_files)]
+    files = [str(path) for path in _files(tapes)]
     spill = Path(tempfile.gettempdir()) / f"tokentape-spill-{uuid.uuid4().hex}"
     for name, value in (
         ("temp_directory", _quoted(str(spill))),
@@ -323,12 +324,19 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
             yield from _nodes(part)
 
 
-def _shown(error: duckdb.Error) -> TapeError | UsageError:
+def _files(tapes: list[Tape]) -> Iterator[Path]:
+    for tape in tapes:
+        yield from (segment.path for segment in tape.segments)
+        yield from tape.telemetry_files
+
+
+def _shown(error: duckdb.Error, tapes: list[Tape]) -> TapeError | UsageError:
     """One line of a DuckDB error: the user's query is wrong, or a file is."""
+    for path in _files(tapes):
+        if not path.exists():
+            return TapeError(f"{path}: gone since the tape was opened; open it again")
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(
-        error, duckdb.IOException | duckdb.InvalidInputException | duckdb.OutOfMemoryException
-    ):
+    if isinstance(error, _DATA_ERRORS):
         return TapeError(f"sql: {text}")
     return UsageError(f"sql: {text}")
 

@@ -37,7 +37,7 @@ QUESTIONS = {
           UNION ALL
           SELECT quantile_disc(e2e_ns, [.5, .9, .99, .999]) FROM e2e WHERE outcome = 'ok'
           UNION ALL
-          SELECT quantile_disc(tpot_ns, [.5, .9, .99, .999])::BIGINT[] FROM tpot WHERE outcome = 'ok'
+          SELECT quantile_disc(tpot_ns::BIGINT, [.5, .9, .99, .999]) FROM tpot WHERE outcome = 'ok'
         ) FROM q""",
     "ICL exact quantiles": """
         WITH s AS (SELECT run AS key, gap_us AS value, weight FROM gaps WHERE outcome = 'ok')

@@ -1,0 +1,202 @@
+"""Every number of metrics_long recomputed in numpy from the rows, without SQL, on random traces."""
+
+from array import array
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rows import MS, make_tape, streamed_row
+
+from tokentape.analysis.session import connect
+from tokentape.traces.writer import TapeWriter
+
+Row = dict[str, Any]
+Samples = dict[str, list[tuple[float, float]]]  # metric: (value in ns, weight), one per sample
+
+LEVELS = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
+SEEDS = (1, 2, 3)
+OUTCOMES = ("ok", "ok", "ok", "client_abort", "http_error", "cut")
+
+
+def random_rows(seed: int, n: int = 300) -> list[Row]:
+    """Requests of every shape: whole, failed, one token, several choices, events without tokens."""
+    rng = np.random.default_rng(seed)
+    return [_random_row(rng, i, sampled=seed == SEEDS[-1]) for i in range(n)]
+
+
+def _random_row(rng: np.random.Generator, i: int, *, sampled: bool) -> Row:
+    events = int(rng.choice([0, 1, 2, 5, 40]))
+    off_us = np.cumsum(rng.integers(0, 5000, events)) + 800
+    ntok = rng.choice([1, 1, 1, 2, 4], events)
+    if rng.random() < 0.2:
+        ntok = rng.choice([0, 1, 2], events)
+    arrival = i * 3 * MS + int(rng.integers(0, MS))
+    send = arrival + int(rng.integers(0, 2 * MS))
+    row = streamed_row(0, 0) | {
+        "arrival_ns": arrival,
+        "scheduled_ns": arrival - 1000 if rng.random() < 0.5 else None,
+        "send_ns": send if rng.random() < 0.95 else None,
+        "send_end_ns": send + int(rng.integers(0, MS)),
+        "early_reply": bool(rng.random() < 0.1),
+        "off_us": array("I", off_us.tolist()),
+        "ntok": array("H", ntok.tolist()) if rng.random() < 0.9 else None,
+        "cls": bytes(events),
+        "output_tokens": int(ntok.sum()),
+        "outcome": str(rng.choice(OUTCOMES)),
+        "sample_prob": float(rng.choice([0.1, 0.25, 1.0])) if sampled else None,
+        "end_ns": send + 10 * MS + int(rng.integers(0, 100 * MS)) if rng.random() < 0.95 else None,
+    }
+    if events:
+        first, last = send + int(off_us[0]) * 1000, send + int(off_us[-1]) * 1000
+        row |= {"first_content_ns": first, "first_answer_ns": first, "last_content_ns": last}
+    if rng.random() < 0.2:
+        row |= {"choice": bytes(rng.integers(0, 3, events).tolist()), "n_choices": 3}
+    return row
+
+
+def weight_of(row: Row) -> float:
+    return round(65536 / (np.float32(row["sample_prob"]))) / 65536 if row["sample_prob"] else 1.0
+
+
+def streams_of(row: Row) -> list[list[tuple[int, int | None]]]:
+    """(offset, tokens) of each choice of a reply."""
+    by_choice: dict[int, list[tuple[int, int | None]]] = defaultdict(list)
+    choices = row.get("choice")
+    for i, off in enumerate(row["off_us"]):
+        tokens = None if row["ntok"] is None else int(row["ntok"][i])
+        by_choice[choices[i] if choices is not None else 0].append((off, tokens))
+    return list(by_choice.values())
+
+
+def oracle(rows: list[Row]) -> Samples:
+    """All samples of all metrics, by the words of METRICS.md."""
+    samples: Samples = defaultdict(list)
+    for row in rows:
+        weight = weight_of(row)
+
+        def add(metric: str, value: float | None, weight: float = weight, times: int = 1) -> None:
+            if value is not None:
+                samples[metric] += [(value, weight)] * times
+
+        if row["send_ns"] is not None:
+            add("send_lag", row["send_ns"] - row["arrival_ns"])
+            if row["scheduled_ns"] is not None:
+                add("schedule_lag", row["send_ns"] - row["scheduled_ns"])
+        if row["outcome"] != "ok":
+            continue
+        sent = row["send_ns"] if row["early_reply"] else row["send_end_ns"]
+        for metric, base, end in (
+            ("ttft", sent, row["first_content_ns"]),
+            ("ttft_arrival", row["arrival_ns"], row["first_content_ns"]),
+            ("ttfa", sent, row.get("first_answer_ns")),
+            ("ttfa_arrival", row["arrival_ns"], row.get("first_answer_ns")),
+            ("e2e", sent, row["end_ns"]),
+            ("e2e_content", sent, row["last_content_ns"]),
+            ("e2e_arrival", row["arrival_ns"], row["end_ns"]),
+        ):
+            add(metric, None if end is None or base is None else end - base)
+        if row.get("choice") is None and row["output_tokens"] >= 2 and row["off_us"]:
+            span = row["last_content_ns"] - row["first_content_ns"]
+            add("tpot", span / (row["output_tokens"] - 1))
+        for stream in streams_of(row):
+            if row.get("choice") is not None and row["ntok"] is not None:
+                tokens = sum(k or 0 for _, k in stream)
+                if tokens >= 2:
+                    add("tpot", (stream[-1][0] - stream[0][0]) * 1000 / (tokens - 1))
+            for (before, _), (off, _) in pairwise(stream):
+                add("icl", (off - before) * 1000)
+            carrying = [(off, k) for off, k in stream if k]
+            for i, (off, k) in enumerate(carrying):
+                add("itl_user", 0.0, times=k - 1)
+                if i:
+                    gap = (off - carrying[i - 1][0]) * 1000
+                    add("itl_user", gap)
+                    add("itl_spread", gap / k, times=k)
+    return samples
+
+
+def in_flight(rows: list[Row]) -> list[tuple[float, float]]:
+    """(level, ns that it lasted), one per step, by counting at every instant."""
+    spans = [r for r in rows if r["send_ns"] is not None]
+    last = max(
+        max(filter(None, (r["end_ns"] or r["last_content_ns"], r["send_ns"]))) for r in spans
+    )
+    ends = [r["end_ns"] or last for r in spans]
+    starts = [r["send_ns"] for r in spans]
+    weights = np.array([weight_of(r) for r in spans])
+    instants = np.unique([*starts, *ends])
+    steps = []
+    for now, then in pairwise(instants):
+        open_ = (np.array(starts) <= now) & (np.array(ends) > now)
+        steps.append((float(weights[open_].sum()), float(then - now)))
+    return steps
+
+
+def expected(samples: list[tuple[float, float]], *, over_time: bool = False) -> dict[str, Any]:
+    values, weights = (np.array(column, dtype=float) for column in zip(*samples, strict=True))
+    found: dict[str, Any] = {
+        stat: float(np.quantile(values, p, method="inverted_cdf", weights=weights))
+        for stat, p in LEVELS.items()
+        if over_time or len(values) > np.ceil(p * len(values))
+    }
+    mean = float(np.average(values, weights=weights))
+    return found | {"mean": mean, "min": values.min(), "max": values.max()}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_statistic_agrees_with_numpy(tmp_path: Path, seed: int) -> None:
+    rows = random_rows(seed)
+    with connect([make_tape(tmp_path / "t", rows)]) as session:
+        long = session.table("FROM metrics_long").to_pylist()
+    got: dict[str, dict[str, Any]] = defaultdict(dict)
+    for row in long:
+        got[row["metric"]] |= {row["stat"]: row["value"], "n": row["n"]}
+    samples = oracle(rows)
+    assert len(samples) == 13
+    for metric, values in samples.items():
+        assert got[metric].pop("n") == len(values), metric
+        agree(metric, got[metric], expected(values))
+    agree("in_flight", got["in_flight"], expected(in_flight(rows), over_time=True))
+
+
+def agree(metric: str, got: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Quantiles, minimum and maximum are values that were seen: equal, not close."""
+    for stat in (*LEVELS, "min", "max"):
+        assert got[stat] == wanted.get(stat), (metric, stat)
+    assert got["mean"] == pytest.approx(wanted["mean"], rel=1e-12), metric
+
+
+def test_the_tokens_of_the_events_are_the_output_tokens(tmp_path: Path) -> None:
+    rows = [r for r in random_rows(4) if r["ntok"] is not None and r["off_us"]]
+    with connect([make_tape(tmp_path / "t", rows)]) as session:
+        found = session.sql("SELECT sum(ntok) FROM events").fetchall()
+    assert found == [(sum(r["output_tokens"] for r in rows),)]
+
+
+def test_the_answer_does_not_depend_on_threads_or_on_the_split_into_files(tmp_path: Path) -> None:
+    rows = random_rows(SEEDS[-1])
+    answers = []
+    for threads, pieces in ((1, 1), (2, 1), (2, 7)):
+        tape = split_tape(tmp_path / f"{threads}-{pieces}" / "t", rows, pieces)
+        with connect([tape], threads=threads) as session:
+            answers.append(session.table("FROM metrics_long ORDER BY metric, stat").to_pylist())
+    for answer in answers[1:]:
+        for row, first in zip(answer, answers[0], strict=True):
+            if row["stat"] == "mean" and row["value"] is not None:
+                # a sum of floats: equal to the last bits
+                row["value"] = pytest.approx(row["value"], rel=1e-12)
+            assert row == first
+
+
+def split_tape(path: Path, rows: list[Row], pieces: int) -> Path:
+    writer = TapeWriter.create(path, role="capture", command=["test"], options={}, facts={})
+    for piece in range(pieces):
+        for row in rows[piece::pieces]:
+            writer.append(row)
+        writer.seal()
+    writer.close()
+    assert len(list(path.glob("requests/**/*.parquet"))) == pieces
+    return path
