@@ -1,6 +1,7 @@
 """Prompts: exact length, exact prefix sharing, the same on every host."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def test_prompts_are_the_same_in_every_process_and_never_change() -> None:
     for hash_seed in ("0", "1"):
         made = subprocess.run(
             [sys.executable, "-c", RECIPE],
-            env={"PYTHONHASHSEED": hash_seed},
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
             capture_output=True,
             check=True,
         )
