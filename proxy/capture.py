@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 from tokentape.proxy import master
 from tokentape.proxy.addon import Capture
 from tokentape.traces.errors import UsageError
+from tokentape.traces.facts import refuse_foreign
 from tokentape.traces.privacy import KEY_BYTES, Privacy, load_key
-from tokentape.traces.recording import Recorder, Summary
+from tokentape.traces.recording import Recorder
 from tokentape.traces.schema import Mode
 
 
@@ -61,40 +62,40 @@ def capture(options: CaptureOptions, on_ready: Callable[[str], None]) -> Capture
     """
     upstream = checked_upstream(options.upstream)
     host, port = checked_listen(options.listen)
+    refuse_foreign(options.tape)  # before a key is made beside it
     try:
         bound = master.bind(host, port)
     except OSError as error:
         raise UsageError(
             f"--listen {options.listen}: {error.strerror}; choose another port, or 0 for a free one"
         ) from None
-    # mode none keeps no key: its digests group callers within this life only
-    key = (
-        secrets.token_bytes(KEY_BYTES)
-        if options.content == "none"
-        else load_key(options.tape, options.key_file)
-    )
-    recorder = Recorder.start(
+    with bound:
+        recorder = _start(options, upstream)
+        address = "http://{}:{}".format(*bound.getsockname()[:2])
+        errors = asyncio.run(_run(options, upstream, bound, recorder, lambda: on_ready(address)))
+        done = recorder.finish()
+    return CaptureSummary(done.seen, done.rows, done.events, done.losses, errors)
+
+
+def _start(options: CaptureOptions, upstream: str) -> Recorder:
+    """A recorder on the tape, new or going on, with the tape's key."""
+    if options.content == "none":
+        key, key_id = secrets.token_bytes(KEY_BYTES), None  # groups callers within this life only
+    else:
+        key = load_key(options.tape, options.key_file)
+        key_id = Privacy(options.content, key).key_id
+    return Recorder.start(
         options.tape,
         role="capture",
         command=options.command,
         options={"upstream": upstream, "listen": options.listen, "content": options.content},
-        facts={
-            "candidate": {"url": upstream, "given": options.facts},
-            "key_id": Privacy(options.content, key).key_id if options.content != "none" else None,
-        },
+        facts={"candidate": {"url": upstream, "given": options.facts}, "key_id": key_id},
         content=options.content,
         key=key,
         force=options.force,
         append=True,
         worker=options.worker,
     )
-    address = "http://{}:{}".format(*bound.getsockname()[:2])
-    errors = asyncio.run(_run(options, upstream, bound, recorder, lambda: on_ready(address)))
-    return _summary(recorder.finish(), errors)
-
-
-def _summary(summary: Summary, errors: int) -> CaptureSummary:
-    return CaptureSummary(summary.seen, summary.rows, summary.events, summary.losses, errors)
 
 
 async def _run(

@@ -15,6 +15,7 @@ from tokentape.traces.identity import request_id
 from tokentape.traces.privacy import Privacy
 from tokentape.traces.schema import INSTANTS, allowed
 from tokentape.traces.wire import Reply, ReplyParser, read_request, reply_parser, wire_format
+from tokentape.traces.wire.reply import StreamParser
 
 MAX_BODY_BYTES = 64 << 20  # a longer request body is not parsed; its bytes still count
 CREDENTIALS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
@@ -202,7 +203,7 @@ class Assembler:
             row["response_bytes"] = request.reply_bytes
         if request.parser is not None:
             reply = request.parser.finish(t_ns, row["outcome"] == "ok")
-            _merge_reply(row, reply)
+            _merge_reply(row, reply, streamed=isinstance(request.parser, StreamParser))
         _mark_early(row)
         self._sink.finished(stream, self._visible(row))
 
@@ -268,15 +269,18 @@ class Assembler:
         }
 
 
-def _merge_reply(row: dict[str, Any], reply: Reply) -> None:
-    """The parsed reply's columns, and the outcome that only the body can tell."""
+def _merge_reply(row: dict[str, Any], reply: Reply, *, streamed: bool) -> None:
+    """The parsed reply's columns, and the outcome that only the body can tell.
+
+    A reply that was not read as a stream has NULL event lists: whole, encoded or unknown.
+    """
     row.update({name: value for name, value in reply.columns.items() if value is not None})
     if row["outcome"] == "ok":
         if (row.get("http_status") or 0) >= 400:
             row["outcome"] = "http_error"
         elif reply.stream_error:
             row["outcome"] = "stream_error"
-    if row.get("stream"):
+    if streamed:
         row["first_content_ns"] = reply.first_content_ns
         row["first_answer_ns"] = reply.first_answer_ns
         row["last_content_ns"] = reply.last_content_ns

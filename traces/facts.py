@@ -96,11 +96,18 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def refuse_foreign(tape: Path) -> None:
+    """TapeError when something that is no tape, and no empty folder, is in a tape's place."""
+    if (tape / FACTS_NAME).is_file() or not os.path.lexists(tape):
+        return
+    if not tape.is_dir() or any(tape.iterdir()):
+        raise TapeError(f"{tape}: exists and is not a tape; choose another --tape")
+
+
 def create_tape(tape: Path, facts: dict[str, Any], *, force: bool) -> None:
     """Make the folders and tape.json of a new tape; an old one goes only with `force`."""
-    if tape.exists() and (not tape.is_dir() or any(tape.iterdir())):
-        if not tape.is_dir() or not (tape / FACTS_NAME).is_file():
-            raise TapeError(f"{tape}: exists and is not a tape; choose another --tape")
+    refuse_foreign(tape)
+    if (tape / FACTS_NAME).is_file():
         if not force:
             raise TapeError(f"{tape}: exists; --force replaces it, or choose another --tape")
         os.close(lock(tape))  # refuses while somebody writes it
