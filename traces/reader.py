@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokentape.traces import journal
+from tokentape.traces.columns import requests_table
 from tokentape.traces.errors import TapeError
 from tokentape.traces.facts import read_facts
 from tokentape.traces.schema import REQUESTS
@@ -77,11 +78,12 @@ class Tape:
     def read(self, columns: list[str] | None = None) -> pa.Table:
         """All sealed rows in order of arrival; columns that an old segment lacks are NULL."""
         names = columns or REQUESTS.names
-        schema = pa.schema([REQUESTS.field(n) for n in names])
-        extra = [n for n in ("arrival_ns", "request_id") if n not in names]
-        wanted = pa.schema([*schema, *(REQUESTS.field(n) for n in extra)])
+        order_by = [n for n in ("arrival_ns",) if n not in names]
+        wanted = pa.schema([REQUESTS.field(n) for n in [*names, *order_by]])
         parts = [_read_segment(s.path, wanted) for s in self.segments]
-        table = pa.concat_tables(parts) if parts else wanted.empty_table()
+        if not parts:
+            return requests_table([]).select(names)  # Arrow makes no empty lists of UUIDs itself
+        table = pa.concat_tables(parts).combine_chunks()
         order = pc.sort_indices(table["arrival_ns"])
         return table.take(order).select(names)
 
