@@ -100,7 +100,7 @@ class Watch:
 
 
 def _cpu_times() -> list[int]:
-    """Jiffies of all cores since boot: user, nice, system, idle, iowait, irq, softirq, steal, ..."""
+    """Jiffies of all cores: user, nice, system, idle, iowait, irq, softirq, steal, ..."""
     try:
         first = Path("/proc/stat").read_text().split("\n", 1)[0]
         return [int(word) for word in first.split()[1:]]

@@ -26,7 +26,6 @@ from tokentape.replay.targets import (
     ENDPOINTS,
     Address,
     Endpoint,
-    Form,
     Headers,
     Target,
     redacted,
@@ -204,8 +203,8 @@ class Plan:
         step = self.source_facts.get("arrival_resolution_ns")
         if step and step >= COARSE_ARRIVALS_NS:
             found.append(
-                f"the tape's arrivals are {step / NS_PER_S:.1f} s apart or together: its bursts are "
-                "those of its clock, not of its users"
+                f"the tape's arrivals are {step / NS_PER_S:.1f} s apart or together: its "
+                "bursts are those of its clock, not of its users"
             )
         if self.source.dependent:
             found.append(
@@ -240,14 +239,17 @@ class Plan:
         kinds = " and ".join(
             f"{n} {name}" for n, name in ((plain, "completions"), (chat, "chat")) if n
         )
+        rate = (
+            f"  rate: mean {f['mean_per_s']:.2f}/s, peak {f['peak_per_s']} in one second, "
+            f"about {f['estimated_peak_in_flight']} in flight at most"
+        )
         lines = [
             f"plan: {f['requests']} of {f['requests_on_tape']} requests"
             + (f" ({kinds})" if kinds else "")
             + (f", {f['sessions']} sessions" if f["sessions"] else ""),
             f"  candidate: {self.target.address.base}, model {self.target.model}",
             f"  span: {span} (recorded {recorded}, speed {_factor(self.options.speed)})",
-            f"  rate: mean {f['mean_per_s']:.2f}/s, peak {f['peak_per_s']} in one second, "
-            f"about {f['estimated_peak_in_flight']} in flight at most",
+            rate,
             f"  tokens: {f['input_tokens']:,} in, {f['output_tokens']:,} out",
         ]
         if f["prefix_blocks"]:

@@ -22,17 +22,16 @@ _S30, _S27, _S31, _S32 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(
 # English, four letters, consonant-vowel-consonant-vowel: with a space before it each is one token
 # in the usual byte-pair vocabularies, and one in word-level ones. Never reorder or change it: the
 # position of a word is part of what makes two replays send the same prompt.
-WORDS = tuple(
-    """
-    base bite bone cake came care case cave code come cope core cure cute data date dare dome done
-    dose face fade fame fare fate file fine fire five game gate gave gene give hate have here hero
-    hide hole home hope huge kite lake lane late life like line live logo lone lose love made make
-    male mate menu mere mice mile mine mode more move mute name nice nine none nose note page pale
-    pile pine pole pope pose pure race rare rate rice ride rise role rope rose rude rule safe sake
-    sale same save side site size sole some sure take tale tape tide time tone tube tune vice vote
-    zero zone bare bore cage cape fuse tire bake bike dime dive pipe ripe
-    """.split()
-)
+_WORDS = """
+base bite bone cake came care case cave code come cope core cure cute data date dare dome done
+dose face fade fame fare fate file fine fire five game gate gave gene give hate have here hero
+hide hole home hope huge kite lake lane late life like line live logo lone lose love made make
+male mate menu mere mice mile mine mode more move mute name nice nine none nose note page pale
+pile pine pole pope pose pure race rare rate rice ride rise role rope rose rude rule safe sake
+sale same save side site size sole some sure take tale tape tide time tone tube tune vice vote
+zero zone bare bore cage cape fuse tire bake bike dime dive pipe ripe
+"""
+WORDS = tuple(_WORDS.split())
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Length:
 
     @classmethod
     def through(cls, first: tuple[int, int], second: tuple[int, int]) -> "Length | None":
-        """The length rule through two (units, counted tokens); None if the count does not follow."""
+        """The rule through two (units, counted tokens); None if the count does not follow."""
         (n1, t1), (n2, t2) = first, second
         per_unit = (t2 - t1) / (n2 - n1)
         return cls(t1 - per_unit * n1, per_unit) if per_unit > 0 else None

@@ -4,7 +4,6 @@ It keeps columns, not rows, and invents nothing silently: every count that the t
 guessed by one stated rule and counted in `guessed`. It never decides when a request is sent.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -218,5 +217,4 @@ def _flags(column: Any) -> NDArray[np.bool_]:
 
 
 def _ids(column: Any) -> list[bytes]:
-    storage: Iterable[bytes] = column.combine_chunks().storage.to_pylist()
-    return list(storage)
+    return list(column.combine_chunks().storage.to_pylist())

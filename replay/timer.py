@@ -62,7 +62,7 @@ else:
 
 
 class AbsoluteTimer:
-    """Calls back in an event loop at absolute instants; one kernel timer, re-armed as often as needed."""
+    """Calls back in an event loop at absolute instants; one kernel timer, armed again and again."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop

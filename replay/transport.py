@@ -90,15 +90,16 @@ class Sink(StreamReader):
 
     def feed_data(self, data: bytes, size: int = 0) -> bool:
         """Hand a piece on, with the stamp of the read that brought it."""
-        protocol = cast(StampedProtocol, self._protocol)
+        protocol = cast("StampedProtocol", self._protocol)
         exchange = protocol.exchange
-        assert exchange is not None and exchange.stream is not None
+        assert exchange is not None
+        assert exchange.stream is not None
         exchange.recorder.reply_data(exchange.stream, protocol.read_ns, data)
         return False
 
     def feed_eof(self) -> None:
         """Stamp the end, then let aiohttp release the connection."""
-        protocol = cast(StampedProtocol, self._protocol)
+        protocol = cast("StampedProtocol", self._protocol)
         if protocol.exchange is not None:
             protocol.exchange.end_ns = protocol.read_ns
         super().feed_eof()
@@ -143,10 +144,10 @@ class StampedProtocol(ResponseHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Put the stamping transport in; a full buffer of one byte tells when the last one left."""
-        inner = cast(asyncio.Transport, transport)
+        inner = cast("asyncio.Transport", transport)
         # TLS transports of asyncio pause at once and for ever when the limit is 0.
         inner.set_write_buffer_limits(high=1 if inner.get_extra_info("ssl_object") else 0, low=0)
-        super().connection_made(cast(asyncio.Transport, StampedTransport(inner, self)))
+        super().connection_made(cast("asyncio.Transport", StampedTransport(inner, self)))
 
     def bind_writer(self) -> None:
         """The request whose task writes now is what this connection carries."""
@@ -193,10 +194,10 @@ class StampedProtocol(ResponseHandler):
             exchange.end_ns = self.read_ns  # aiohttp's one shared empty body
             return
         assert exchange.stream is not None
-        for piece in body._buffer:
+        for piece in body._buffer:  # noqa: SLF001 - tried by self_check
             exchange.recorder.reply_data(exchange.stream, self.read_ns, piece)
-        body._buffer.clear()
-        body._size = 0
+        body._buffer.clear()  # noqa: SLF001
+        body._size = 0  # noqa: SLF001
         body.__class__ = Sink
         if body.is_eof():
             exchange.end_ns = self.read_ns
@@ -229,7 +230,10 @@ class StampedConnector(aiohttp.TCPConnector):
         self._factory = cast("functools.partial[ResponseHandler]", factory)
 
     async def _create_connection(
-        self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+        self,
+        req: ClientRequest,
+        traces: list[Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109
     ) -> ResponseHandler:
         began_ns = monotonic_ns()
         protocol = await super()._create_connection(req, traces, timeout)
@@ -390,7 +394,7 @@ async def self_check() -> None:
         protocol.set_response_params(auto_decompress=False)
         protocol.data_received(_CHECK_HEAD + b"3\r\none\r\n")
         protocol.data_received(b"3\r\ntwo\r\n0\r\n\r\n")
-        assert callable(aiohttp.TCPConnector._create_connection)
+        assert callable(aiohttp.TCPConnector._create_connection)  # noqa: SLF001
         if (pieces.status, pieces.seen) != (200, [b"one", b"two"]) or not exchange.end_ns:
             wrong = f"status {pieces.status}, {len(pieces.seen)} pieces"
     except (AttributeError, TypeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""Judges a run after it: is what it measured the candidate, or the client and the machine?
+"""Judges a run after it: did it measure the candidate, or the client and the machine.
 
 Reads the sealed tape, as anybody else would. It never changes a number and never hides one: every
 threshold stands below with its reason, and every reason says the figure that it comes from.
@@ -164,7 +164,7 @@ def _judge_schedule(verdict: Verdict, table: pa.Table) -> None:
     verdict.judge(
         p99,
         (limits[0], limits[1]),
-        f"schedule lag p99 {_ms(p99)}, above {_ms(int(limits[0]))} (the median TTFT is {_ms(ttft)})",
+        f"schedule lag p99 {_ms(p99)}, above {_ms(int(limits[0]))} (median TTFT {_ms(ttft)})",
     )
     ratio = verdict.figures["rate"]["achieved_over_offered"]
     if ratio is not None:
@@ -249,6 +249,8 @@ def _judge_stamps(verdict: Verdict, table: pa.Table, sent: Sent) -> None:
             "max": health.late_max_ns,
         },
     }
+    if not health.ticks:
+        verdict.blame("suspect", "the event loop was not watched")
     verdict.judge(
         health.late_p99_ns,
         STALL_P99_NS,

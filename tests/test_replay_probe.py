@@ -5,8 +5,8 @@ import socket
 from collections.abc import Sequence
 
 import pytest
-from replay_server import Script, Seen, Server, Step, engine_like, plain, serve, streamed
 
+from replay_server import Script, Seen, Server, Step, engine_like, plain, serve, streamed
 from tokentape.replay.probe import find_target
 from tokentape.replay.prompts import Length, TokenIds, Words
 from tokentape.replay.targets import Address, Endpoint, Headers, Pinning, Target

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 import pytest
+
 from replay_server import (
     HEAD,
     Script,
@@ -23,7 +24,6 @@ from replay_server import (
     serve,
     streamed,
 )
-
 from tokentape.replay.run import Progress, ReplayOptions, RunSummary, make_plan, run_plan
 from tokentape.traces.errors import TokentapeError, UsageError
 from tokentape.traces.reader import Tape, open_tape
@@ -150,7 +150,7 @@ def test_every_kind_of_failure_is_a_row_with_its_outcome(tmp_path: Path) -> None
         return kinds[int(seen.json["max_tokens"])]
 
     rows = [{"output_tokens": 3 + n} for n in range(5)]
-    summary, tape, _ = replay(tmp_path, rows, script, timeout_ns=400 * MS)
+    summary, tape, _ = replay(tmp_path, rows, script, timeout_ns=1000 * MS)
     outcomes = tape.read(["outcome"])["outcome"].to_pylist()
     assert outcomes == ["ok", "http_error", "stream_error", "upstream_abort", "timeout"]
     assert summary.verdict.level == "invalid"

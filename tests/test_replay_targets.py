@@ -45,7 +45,10 @@ def test_an_address_that_cannot_be_right_is_refused_in_one_line(to: str, said: s
     assert "\n" not in str(caught.value)
 
 
-def form(endpoint: Endpoint, *, words: bool = False, pinning: Pinning = Pinning()) -> Form:
+ALL = Pinning()
+
+
+def form(endpoint: Endpoint, *, words: bool = False, pinning: Pinning = ALL) -> Form:
     return Form(endpoint, 'm"1', Words() if words else TokenIds(), Length(), pinning, "")
 
 

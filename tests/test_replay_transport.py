@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from time import monotonic_ns
 
 import pytest
-from replay_server import HEAD, LAST, Script, Seen, Step, chunk, plain, serve
 from yarl import URL
 
+from replay_server import HEAD, LAST, Script, Seen, Step, chunk, plain, serve
 from tokentape.replay import transport
 from tokentape.replay.transport import Exchange, open_client, self_check
 from tokentape.traces.errors import TokentapeError
@@ -63,9 +63,7 @@ async def send(
     return exchanges
 
 
-def run(
-    script: Script, *bodies: bytes, **options: bool | int | float
-) -> tuple[Pieces, list[Exchange]]:
+def run(script: Script, *bodies: bytes, **options: bool | float) -> tuple[Pieces, list[Exchange]]:
     pieces = Pieces()
     with serve(script) as server:
         exchanges = asyncio.run(send(server.url + "/v1/completions", pieces, bodies, **options))  # type: ignore[arg-type]
@@ -95,7 +93,7 @@ def test_a_body_that_comes_with_its_head_in_one_read_is_recorded_whole() -> None
 
 
 def test_pieces_stamped_by_the_transport_carry_the_time_at_which_they_came() -> None:
-    gap_s = 0.05
+    gap_s = 0.15
     steps: list[Step] = [HEAD]
     for i in range(4):
         steps += [chunk(b"%d" % i), gap_s]
@@ -104,7 +102,7 @@ def test_pieces_stamped_by_the_transport_carry_the_time_at_which_they_came() -> 
         asyncio.run(send(server.url, pieces, [b"{}"]))
         sent = server.sent_ns[1:5]
     late_ms = [(t - s) / 1e6 for (_, t, _), s in zip(pieces.data, sent, strict=True)]
-    assert all(-0.5 < late < 25 for late in late_ms), late_ms
+    assert all(0 <= late < 140 for late in late_ms), late_ms
 
 
 @pytest.mark.parametrize(

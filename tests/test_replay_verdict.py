@@ -31,7 +31,7 @@ def health(**changes: Any) -> Health:
 
 def judged(
     path: Path,
-    change: Any = lambda n, row: row,
+    change: Any = lambda _, row: row,
     *,
     own: Health | None = None,
     stopped: bool = False,
@@ -108,7 +108,7 @@ def test_late_sends_are_judged_against_the_ttft_that_they_would_hide_in(
     ("factor", "level"), [(1.005, "valid"), (1.03, "suspect"), (1.2, "invalid")]
 )
 def test_a_rate_that_was_not_reached_is_said(tmp_path: Path, factor: float, level: str) -> None:
-    def slower(n: int, row: dict[str, Any]) -> dict[str, Any]:
+    def slower(_: int, row: dict[str, Any]) -> dict[str, Any]:
         sent = int(row["arrival_ns"] * factor)
         return row | {"send_ns": sent, "send_end_ns": sent, "first_content_ns": sent + 9_000 * MS}
 
@@ -161,6 +161,7 @@ def test_prompts_shorter_than_the_template_are_exceptions_not_misses(tmp_path: P
         (health(late_p99_ns=60 * MS), "invalid", "event loop was late by 60.00 ms"),
         (health(steal_share=0.02), "suspect", "hypervisor stole 2.0 %"),
         (health(steal_share=None), "valid", ""),
+        (health(ticks=0), "suspect", "the event loop was not watched"),
         (health(cpu_share=0.95), "suspect", "95 % of a core"),
     ],
 )

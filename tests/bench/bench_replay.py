@@ -1,13 +1,14 @@
-"""Errors of a replay against a server that knows the truth: arrival of events, schedule of requests.
+"""Errors of a replay, by a server that knows the truth: event arrivals and the schedule.
 
     python tests/bench/bench_replay.py REFSERVER_DIR [--rates 100,200,500] [--seconds 8]
         [--tokens 50] [--gap-ms 20] [--step] [--control] [--first]
 
 REFSERVER_DIR holds `refserver` (built) and its `truth.py`. Every rate is one whole replay: a
-synthetic tape, plan, run, tape, verdict; the errors are read from the run's tape. `--step` makes all
-streams of the server step together; `--control` runs the server's naive client in the same minute;
-`--first` gives server and clients (not the tape's writer) real-time priority, where that is allowed.
-All errors in us. Trust a line only if the server's own lateness is low and steal is under 1 %.
+synthetic tape, plan, run, tape, verdict; the errors are read from the run's tape. `--step` makes
+all streams of the server step together; `--control` runs the server's naive client in the same
+minute; `--first` gives server and clients (not the tape's writer) real-time priority, where that is
+allowed. All errors in us. Trust a line only if the server's own lateness is low and steal is under
+1 %.
 """
 
 import argparse
@@ -106,7 +107,8 @@ def line(name: str, found: dict[str, Any], more: str) -> str:
         return " / ".join(f"{stats[q]:,.0f}" for q in ("p50", "p99", "p99.9"))
 
     return (
-        f"{name:24} arrival {spread('arrival_error_us'):>22}  first {spread('first_event_error_us'):>22}"
+        f"{name:24} arrival {spread('arrival_error_us'):>22}"
+        f"  first {spread('first_event_error_us'):>22}"
         f"  schedule {spread('schedule_error_us'):>22}  server {spread('server_lateness_us'):>20}"
         f"  joined {found['events_joined']}/{found['events_server']}  {more}"
     )
