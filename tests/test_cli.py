@@ -294,6 +294,22 @@ def test_an_import_makes_a_tape_and_never_replaces_one_unasked(here: Here, tmp_p
     assert facts["command"][:3] == ["tokentape", "import", "azure"]
 
 
+def test_a_gate_that_is_not_met_exits_3_after_the_result(here: Here, tmp_path: Path) -> None:
+    profile = tmp_path / "tiny.toml"
+    profile.write_text("max_model_tokens = 12\n")  # refuses every request of the tape
+    line = [str(SCRIPT), "engine", "--listen", "127.0.0.1:0", "--profile", str(profile)]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as engine:
+        assert engine.stderr is not None
+        said = engine.stderr.readline()
+        url = said.split(";")[0].split()[-1]
+        replay = ("replay", "good.tape", "--to", url, "--model", "simulated-8b", "--json")
+        ran = here(*replay, "--tape", tmp_path / "run.tape", "--fail-on", "invalid")
+        engine.send_signal(signal.SIGTERM)
+    told = json.loads(ran.stdout)
+    assert (ran.returncode, told["verdict"]["level"], told["rows"]) == (3, "invalid", 5)
+    assert ran.stderr.splitlines()[-1] == ("tokentape: --fail-on invalid: the verdict is invalid")
+
+
 @pytest.mark.timeout(30)
 def test_ctrl_c_ends_quietly_with_130(tmp_path: Path) -> None:
     pipe = tmp_path / "profile.toml"
