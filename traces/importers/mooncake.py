@@ -39,7 +39,7 @@ Record = dict[str, Any]
 
 def read_batches(path: Path) -> Iterator[Batch]:
     """The rows of a file, in file order; TapeError names the line that cannot be read."""
-    for numbered in batched(enumerate(_records(path)), BATCH_ROWS, strict=False):
+    for numbered in batched(enumerate(_records(path)), BATCH_ROWS):
         kept = [(row, r) for row, r in numbered if all(r[name] is not None for name in REQUIRED)]
         yield _batch(kept, dropped=len(numbered) - len(kept))
 
