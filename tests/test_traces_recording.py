@@ -225,6 +225,8 @@ def test_a_second_life_appends_and_seals_what_the_first_left(tmp_path: Path) -> 
     opened = open_tape(tape)
     assert opened.rows == 2
     assert len({s.metadata["incarnation"] for s in opened.segments}) == 2
+    with pytest.raises(TapeError, match="another key"):
+        start(tape, append=True, facts={"key_id": "0123"})
     with pytest.raises(TapeError, match="is a capture"):
         start(tape, append=True, role="replay")
     with pytest.raises(TapeError, match="--force"):

@@ -116,6 +116,11 @@ class Recorder:
                     f"{tape}: is a {old['role']} with content {old.get('content')}; "
                     "choose another --tape, or --force to replace it"
                 )
+            if old.get("key_id") != facts.get("key_id"):
+                raise TapeError(
+                    f"{tape}: was written under another key, so its prefixes would not match; "
+                    "give the same --key-file, or choose another --tape"
+                )
             lock_fd = tape_facts.lock(tape)
             recover_locked(tape)
         else:
