@@ -67,7 +67,7 @@ _METRICS = pa.schema(
 
 
 class Session:
-    """The standard views over some tapes. Use as a context manager, or close it."""
+    """The standard views over some tapes, for one thread. A context manager, or close it."""
 
     def __init__(self, tapes: list[Tape], connection: duckdb.DuckDBPyConnection) -> None:
         self.tapes = tapes
@@ -86,10 +86,9 @@ class Session:
 
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
         """A lazy relation of one SELECT, EXPLAIN, DESCRIBE or SHOW; UsageError when it is wrong."""
-        cursor = self._connection.cursor()
         try:
-            _refuse_writing(cursor, query)
-            return cursor.sql(query)
+            _refuse_writing(self._connection, query)
+            return self._connection.sql(query)
         except duckdb.Error as error:
             raise _shown(error, self.tapes) from None
 
@@ -295,11 +294,11 @@ def _lock(connection: duckdb.DuckDBPyConnection, tapes: list[Tape]) -> None:
         connection.execute(f"SET {name} = {value}")
 
 
-def _refuse_writing(cursor: duckdb.DuckDBPyConnection, query: str) -> None:
+def _refuse_writing(connection: duckdb.DuckDBPyConnection, query: str) -> None:
     """UsageError for anything but one statement that reads, however deep the rest is hidden."""
     read = _EXPLAIN.sub("", query, count=1)
-    statements = cursor.extract_statements(read)
-    [(text,)] = cursor.execute("SELECT json_serialize_sql(?::VARCHAR)", [read]).fetchall()
+    statements = connection.extract_statements(read)
+    [(text,)] = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [read]).fetchall()
     parsed = json.loads(text)
     if len(statements) != 1 or parsed["error"]:
         raise UsageError(

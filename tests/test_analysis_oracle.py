@@ -2,14 +2,15 @@
 
 from array import array
 from collections import defaultdict
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rows import MS, make_tape, streamed_row
 
+from rows import MS, make_tape, streamed_row
 from tokentape.analysis.session import connect
 from tokentape.traces.writer import TapeWriter
 
@@ -75,47 +76,52 @@ def oracle(rows: list[Row]) -> Samples:
     """All samples of all metrics, by the words of METRICS.md."""
     samples: Samples = defaultdict(list)
     for row in rows:
-        weight = weight_of(row)
-
-        def add(metric: str, value: float | None, weight: float = weight, times: int = 1) -> None:
-            if value is not None:
-                samples[metric] += [(value, weight)] * times
-
-        if row["send_ns"] is not None:
-            add("send_lag", row["send_ns"] - row["arrival_ns"])
-            if row["scheduled_ns"] is not None:
-                add("schedule_lag", row["send_ns"] - row["scheduled_ns"])
-        if row["outcome"] != "ok":
-            continue
-        sent = row["send_ns"] if row["early_reply"] else row["send_end_ns"]
-        for metric, base, end in (
-            ("ttft", sent, row["first_content_ns"]),
-            ("ttft_arrival", row["arrival_ns"], row["first_content_ns"]),
-            ("ttfa", sent, row.get("first_answer_ns")),
-            ("ttfa_arrival", row["arrival_ns"], row.get("first_answer_ns")),
-            ("e2e", sent, row["end_ns"]),
-            ("e2e_content", sent, row["last_content_ns"]),
-            ("e2e_arrival", row["arrival_ns"], row["end_ns"]),
-        ):
-            add(metric, None if end is None or base is None else end - base)
-        if row.get("choice") is None and row["output_tokens"] >= 2 and row["off_us"]:
-            span = row["last_content_ns"] - row["first_content_ns"]
-            add("tpot", span / (row["output_tokens"] - 1))
-        for stream in streams_of(row):
-            if row.get("choice") is not None and row["ntok"] is not None:
-                tokens = sum(k or 0 for _, k in stream)
-                if tokens >= 2:
-                    add("tpot", (stream[-1][0] - stream[0][0]) * 1000 / (tokens - 1))
-            for (before, _), (off, _) in pairwise(stream):
-                add("icl", (off - before) * 1000)
-            carrying = [(off, k) for off, k in stream if k]
-            for i, (off, k) in enumerate(carrying):
-                add("itl_user", 0.0, times=k - 1)
-                if i:
-                    gap = (off - carrying[i - 1][0]) * 1000
-                    add("itl_user", gap)
-                    add("itl_spread", gap / k, times=k)
+        values = list(of_sending(row))
+        if row["outcome"] == "ok":
+            values += [*of_request(row), *of_choices(row)]
+        for metric, value in values:
+            samples[metric].append((value, weight_of(row)))
     return samples
+
+
+def of_sending(row: Row) -> Iterator[tuple[str, float]]:
+    if row["send_ns"] is not None:
+        yield "send_lag", row["send_ns"] - row["arrival_ns"]
+        if row["scheduled_ns"] is not None:
+            yield "schedule_lag", row["send_ns"] - row["scheduled_ns"]
+
+
+def of_request(row: Row) -> Iterator[tuple[str, float]]:
+    sent = row["send_ns"] if row["early_reply"] else row["send_end_ns"]
+    for metric, base, end in (
+        ("ttft", sent, row["first_content_ns"]),
+        ("ttft_arrival", row["arrival_ns"], row["first_content_ns"]),
+        ("ttfa", sent, row.get("first_answer_ns")),
+        ("ttfa_arrival", row["arrival_ns"], row.get("first_answer_ns")),
+        ("e2e", sent, row["end_ns"]),
+        ("e2e_content", sent, row["last_content_ns"]),
+        ("e2e_arrival", row["arrival_ns"], row["end_ns"]),
+    ):
+        if end is not None and base is not None:
+            yield metric, end - base
+    if row.get("choice") is None and row["output_tokens"] >= 2 and row["off_us"]:
+        span = row["last_content_ns"] - row["first_content_ns"]
+        yield "tpot", span / (row["output_tokens"] - 1)
+
+
+def of_choices(row: Row) -> Iterator[tuple[str, float]]:
+    for stream in streams_of(row):
+        tokens = sum(k or 0 for _, k in stream)
+        if row.get("choice") is not None and tokens >= 2:
+            yield "tpot", (stream[-1][0] - stream[0][0]) * 1000 / (tokens - 1)
+        yield from (("icl", (off - before) * 1000) for (before, _), (off, _) in pairwise(stream))
+        carrying = [(off, k) for off, k in stream if k]
+        for i, (off, k) in enumerate(carrying):
+            yield from [("itl_user", 0.0)] * (k - 1)
+            if i:
+                gap = (off - carrying[i - 1][0]) * 1000
+                yield "itl_user", gap
+                yield from [("itl_spread", gap / k)] * k
 
 
 def in_flight(rows: list[Row]) -> list[tuple[float, float]]:

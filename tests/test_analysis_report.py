@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rows import MS, make_tape, streamed_row
 
+from rows import MS, make_tape, streamed_row
 from tokentape.analysis.report import Report, report
 from tokentape.analysis.session import connect
 

@@ -2,14 +2,16 @@
 
 import hashlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rows import make_tape, streamed_row
 
 import tokentape.analysis.session as session_module
+from rows import make_tape, streamed_row
 from tokentape.analysis.modules import ModuleError, read_module
 from tokentape.analysis.session import Session, connect
 from tokentape.traces.errors import TapeError, UsageError
@@ -23,8 +25,9 @@ def tape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def session(tape: Path) -> Session:
-    return connect([tape])
+def session(tape: Path) -> Iterator[Session]:
+    with connect([tape]) as opened:
+        yield opened
 
 
 def digest(folder: Path) -> str:
@@ -111,7 +114,7 @@ def test_only_one_statement_that_reads_is_allowed(
 ) -> None:
     [segment] = tape.glob("requests/**/*.parquet")
     file, before = tmp_path / "out", digest(tape)
-    with pytest.raises(UsageError, match="^sql: "):
+    with pytest.raises(UsageError, match=r"^sql: "):
         session.table(query.format(file=file, segment=segment))
     assert digest(tape) == before and not file.exists()
 
@@ -121,7 +124,7 @@ def test_only_one_statement_that_reads_is_allowed(
     ["FROM read_csv('/etc/passwd')", "FROM '/etc/x.csv'", "FROM read_text('/proc/version')"],
 )
 def test_no_file_but_the_tapes_can_be_read(session: Session, query: str) -> None:
-    with pytest.raises(UsageError, match="^sql: Permission Error: Cannot access file"):
+    with pytest.raises(UsageError, match=r"^sql: Permission Error: Cannot access file"):
         session.table(query)
 
 
@@ -168,6 +171,14 @@ def test_a_wrong_query_is_one_line(session: Session, query: str, what: str) -> N
 def test_two_relations_can_be_read_in_turns(session: Session) -> None:
     first, second = session.sql("FROM requests"), session.sql("FROM events")
     assert first.fetchall() and second.fetchall() and first.limit(1).fetchall()
+
+
+def test_closing_a_session_ends_its_relations(tape: Path) -> None:
+    with connect([tape]) as session:
+        relation = session.sql("FROM requests")
+        assert len(relation.fetchall()) == 5
+    with pytest.raises(duckdb.ConnectionException):
+        relation.fetchall()
 
 
 def test_a_segment_that_vanishes_is_a_tape_error(tape: Path, tmp_path: Path) -> None:

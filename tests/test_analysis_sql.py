@@ -1,4 +1,4 @@
-"""Golden answers of every SQL module on rows small enough to check by hand; house rules of the SQL."""
+"""Golden answers of every SQL module on rows small enough to check by hand; rules of the SQL."""
 
 import re
 from array import array
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rows import MS, make_tape, streamed_row
 
+from rows import MS, make_tape, streamed_row
 from tokentape.analysis.catalogue import metrics
 from tokentape.analysis.modules import SQL_FOLDER, SqlObject, load_order
 from tokentape.analysis.session import Session, connect
@@ -153,6 +153,14 @@ def test_quantiles_are_values_that_were_seen_and_weighted(session: Session) -> N
     assert ask(session, query.format("(1, 10), (9, 1), (NULL, 5)"))[0][1:] == (
         2, 11, 19 / 11, 1, 1, 1, 9, 9, 9,
     )  # fmt: skip
+
+
+def test_a_rank_that_falls_on_a_sample_gives_that_sample_on_both_ways(session: Session) -> None:
+    values = "SELECT 1 AS key, i AS value, 1 AS weight FROM range(1, 1001) t(i)"
+    for macro in ("quantiles", "_quantiles_of_equals"):
+        columns = "n, mean, p50, p90, p99, p999, maximum"
+        query = f"WITH s AS ({values}) SELECT {columns} FROM {macro}('s')"
+        assert ask(session, query) == [(1000, 500.5, 500, 900, 990, 999, 1000)], macro
 
 
 def test_a_percentile_needs_a_sample_beyond_its_rank(session: Session) -> None:
@@ -321,7 +329,9 @@ def test_intervals_that_touch_do_not_overlap_and_empty_ones_do_not_count(session
 
 def test_concurrency_is_weighted_by_time(session: Session) -> None:
     query = """
-        WITH s AS (FROM (VALUES ('r', 0, 100, 1), ('r', 90, 95, 1)) t(run, from_ns, until_ns, weight))
+        WITH s AS (
+          FROM (VALUES ('r', 0, 100, 1), ('r', 90, 95, 1)) t(run, from_ns, until_ns, weight)
+        )
         SELECT duration_ns, mean, p50, p90, p99, maximum FROM overlap_quantiles('s')"""
     assert ask(session, query) == [(100, 1.05, 1, 1, 2, 2)]
 
@@ -348,7 +358,8 @@ def test_rates_of_a_window_count_what_ended_in_it(session: Session) -> None:
 
 def test_an_import_offers_load_but_completes_nothing(session: Session, long: list[Row]) -> None:
     query = """
-        SELECT offered_per_s, completed_per_s, output_tokens_per_s FROM rates WHERE run = 'imported'"""
+        SELECT offered_per_s, completed_per_s, output_tokens_per_s
+        FROM rates WHERE run = 'imported'"""
     assert ask(session, query) == [(4, None, 20)]
     assert stats(long, "imported", "in_flight")["max"] is None
 
