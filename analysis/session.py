@@ -114,6 +114,7 @@ def connect(
     connection = duckdb.connect(":memory:")
     session = Session(opened, connection)
     try:
+        connection.execute("SET enable_progress_bar = false")
         connection.execute("SET parquet_metadata_cache = true")  # a sealed segment never changes
         for name, value in (("memory_limit", memory_limit), ("threads", threads)):
             if value is not None:
