@@ -92,6 +92,15 @@ def test_segment_footers_carry_the_facts_that_a_lone_file_needs(tmp_path: Path) 
     assert pq.read_schema(tape.segments[0].path).names == REQUESTS.names
 
 
+def test_a_value_that_no_column_can_hold_costs_its_row_and_no_other(tmp_path: Path) -> None:
+    writer = TapeWriter.create(tmp_path / "a.tape", role="import", command=[], options={}, facts={})
+    for row in (streamed_row(1), streamed_row(2, http_status=70_000), streamed_row(3)):
+        writer.append(row)
+    writer.close()
+    tape = open_tape(tmp_path / "a.tape")
+    assert (tape.rows, tape.losses) == (2, {"unwritable": 1})
+
+
 def test_a_second_tape_in_the_same_place_needs_force(tmp_path: Path) -> None:
     tape = make_tape(tmp_path / "a.tape", [streamed_row()])
     with pytest.raises(TapeError, match="--force replaces it"):

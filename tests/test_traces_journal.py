@@ -1,5 +1,6 @@
 """The journal survives being cut anywhere, and hands over from file to file without loss."""
 
+import threading
 from array import array
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 
 from rows import make_tape, streamed_row
 from tokentape.traces import journal
+from tokentape.traces.check import check
 from tokentape.traces.journal import Journal, count_unsealed, read_records
+from tokentape.traces.reader import open_tape
 from tokentape.traces.recover import recover
 
 CLOCK = {"clock_id": "host/boot/w0", "anchors": []}
@@ -85,8 +88,6 @@ def test_recover_seals_finished_rows_and_cuts_open_ones_with_their_events(tmp_pa
     book.flush()
     result = recover(tape)
     assert (result.rows, result.cut) == (2, 1)
-    from tokentape.traces.reader import open_tape
-
     opened_tape = open_tape(tape)
     cut = opened_tape.read().to_pylist()[1]
     assert cut["outcome"] == "cut"
@@ -97,9 +98,58 @@ def test_recover_seals_finished_rows_and_cuts_open_ones_with_their_events(tmp_pa
     assert opened_tape.segments[0].metadata["clock_id"] == "host/boot/w0"
 
 
+def test_a_recovery_that_dies_before_it_tidies_up_seals_nothing_twice(tmp_path: Path) -> None:
+    tape = make_tape(tmp_path / "a.tape", [])
+    book = Journal(tape, "w0-x", CLOCK)
+    book.add(journal.ROW, 1, journal.pack_row(streamed_row(1)))
+    book.flush()
+    left = (tape / "journal" / "w0-x-00000.journal").read_bytes()
+    assert recover(tape).rows == 1
+    (tape / "journal" / "w0-x-00000.journal").write_bytes(left)
+    assert recover(tape).rows == 0
+    assert open_tape(tape).rows == 1
+
+
+def test_opening_a_tape_never_fails_while_its_journal_rotates(tmp_path: Path) -> None:
+    tape = make_tape(tmp_path / "a.tape", [streamed_row(1)])
+    stop = threading.Event()
+
+    def rotate() -> None:
+        book = Journal(tape, "w0-x", CLOCK)
+        while not stop.is_set():
+            book.add(journal.OPEN, 1, {"arrival_ns": 1})
+            book.flush()
+            book.rotate([(journal.OPEN, 1, {"arrival_ns": 1})])
+        book.close()
+
+    thread = threading.Thread(target=rotate)
+    thread.start()
+    try:
+        for _ in range(300):
+            assert open_tape(tape).rows == 1
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_damaged_segment_hinders_neither_reading_the_rest_nor_recovery(tmp_path: Path) -> None:
+    tape = make_tape(tmp_path / "a.tape", [streamed_row(1)])
+    segment = open_tape(tape).segments[0]
+    book = Journal(tape, segment.metadata["incarnation"], CLOCK)
+    book.add(journal.ROW, 1, journal.pack_row(streamed_row(2)))
+    book.flush()
+    data = bytearray(segment.path.read_bytes())
+    data[300:320] = bytes(20)
+    segment.path.write_bytes(data)
+    findings = check(open_tape(tape))
+    assert any("cannot be read" in f.what and f.where == str(segment.path) for f in findings)
+    segment.path.write_bytes(data[:-50])
+    assert open_tape(tape, skip_damaged=True).rows == 0
+    assert recover(tape).rows == 1
+
+
 def test_a_row_that_reached_a_segment_is_not_sealed_again(tmp_path: Path) -> None:
     from tokentape.traces.facts import lock
-    from tokentape.traces.reader import open_tape
     from tokentape.traces.writer import TapeWriter
 
     tape = make_tape(tmp_path / "a.tape", [])

@@ -233,7 +233,7 @@ def test_a_second_life_appends_and_seals_what_the_first_left(tmp_path: Path) -> 
         start(tape)
 
 
-def test_a_full_disk_loses_rows_by_count_and_never_the_tape(small_disk: Path) -> None:
+def test_a_full_disk_loses_rows_by_count_and_keeps_what_is_journaled(small_disk: Path) -> None:
     troubles: list[str] = []
     tape = small_disk / "a.tape"
     recorder = start(tape, on_trouble=troubles.append)
@@ -246,7 +246,119 @@ def test_a_full_disk_loses_rows_by_count_and_never_the_tape(small_disk: Path) ->
         finish(recorder, begin(recorder, now + n), now + n)
     summary = recorder.finish()
     assert summary.seen == 51
-    assert summary.losses == {"disk_full": 51}
+    assert summary.unsealed >= 1
+    assert summary.losses == {"disk_full": 51 - summary.unsealed}
     assert any("No space left" in t and "traffic goes on" in t for t in troubles)
+    assert open_tape(tape).losses == summary.losses
+    assert open_tape(tape).unsealed_rows == summary.unsealed
     filler.unlink()
-    assert open_tape(tape).rows + open_tape(tape).unsealed_rows <= 51
+    assert recover(tape).rows == summary.unsealed
+    assert not [f for f in check(open_tape(tape)) if f.severity == "error"]
+
+
+ODD = {
+    "half a surrogate pair in the request": (b'{"model":"\\ud800","prompt":"a"}', 200, b"{}"),
+    "half a surrogate pair in the reply": (b"{}", 200, b'{"id":"\\udc00","model":"\\ud800"}'),
+    "a negative token id": (b'{"prompt":[-1]}', 200, b"{}"),
+    "a token id past 32 bits": (b'{"prompt":[4294967296]}', 200, b"{}"),
+    "numbers past 64 bits": (b'{"max_tokens":1e300,"seed":123456789012345678901}', 200, b"{}"),
+    "a status past 16 bits": (b"{}", 70_000, b"{}"),
+    "deep nesting": (b'{"prompt":' + b"[" * 5000 + b"]" * 5000 + b"}", 200, b"[" * 5000),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_no_request_or_reply_can_end_the_recording_of_others(tmp_path: Path, name: str) -> None:
+    body, status, reply = ODD[name]
+    recorder = start(tmp_path / "a.tape")
+    now = time.monotonic_ns()
+    for n in range(3):
+        stream = recorder.open(now + n, {"arrival_ns": now + n}, HEAD)
+        recorder.request_body(stream, now, body if n == 1 else BODY)
+        recorder.mark(stream, "request_end_ns", now)
+        content = [(b"content-type", b"application/json")]
+        recorder.reply_head(stream, now, status if n == 1 else 200, content)
+        recorder.reply_data(stream, now, reply)
+        recorder.close(stream, now, {"outcome": "ok"})
+    summary = recorder.finish()
+    assert (summary.seen, summary.rows, summary.losses) == (3, 3, {})
+
+
+def test_heads_of_any_size_are_cut_and_never_overrun_a_block(tmp_path: Path) -> None:
+    recorder = start(tmp_path / "a.tape")
+    now = time.monotonic_ns()
+    huge = [(b"x-huge", b"h" * 1_300_000), (b"authorization", b"Bearer x")]
+    for n in range(40):
+        stream = recorder.open(now + n, {}, (b"POST", b"/v1/completions?" + b"q" * 3_000_000, huge))
+        recorder.reply_head(stream, now, 200, huge)
+        recorder.close(stream, now, {"outcome": "ok"})
+    assert recorder.finish().rows == 40
+    rows = open_tape(tmp_path / "a.tape").read(["tenant_digest", "endpoint"]).to_pylist()
+    assert {len(r["tenant_digest"]) for r in rows} == {16}
+    assert {r["endpoint"] for r in rows} == {"/v1/completions"}
+
+
+def test_blocks_on_their_way_survive_the_death_of_the_hot_process(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_traces_recording import begin, finish, start
+recorder = start(Path(sys.argv[1]))
+now = time.monotonic_ns()
+for n in range(60):
+    if n == 20:
+        recorder.flush()
+        while len(recorder._sender._free) + 1 < 32 and time.monotonic_ns() < now + 10**10:
+            time.sleep(0.01)  # until a slot came back unread
+        os.kill(recorder._process.pid, signal.SIGSTOP)
+    finish(recorder, begin(recorder, now + n), now + n)
+    if n == 40:
+        recorder._hand_over()
+recorder._hand_over()
+os.kill(recorder._process.pid, signal.SIGCONT)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    tape = tmp_path / "a.tape"
+    here = str(Path(__file__).parent)
+    dead = subprocess.run([sys.executable, "-c", code, str(tape), here], check=False)
+    assert dead.returncode == -signal.SIGKILL
+    wait_for_unlock(tape)
+    assert open_tape(tape).rows == 60
+
+
+def test_pieces_that_were_dropped_leave_no_false_prompt_structure(tmp_path: Path) -> None:
+    recorder = start(tmp_path / "a.tape")
+    os.kill(recorder._process.pid, signal.SIGSTOP)
+    now = time.monotonic_ns()
+    filler = begin(recorder, now)
+    while recorder._waiting_bytes <= MEMORY_BYTES:
+        recorder.reply_data(filler, now, b"x" * 200_000)
+    stream = recorder.open(now, {}, HEAD)
+    recorder.request_body(stream, now, BODY)
+    os.kill(recorder._process.pid, signal.SIGCONT)
+    recorder.mark(stream, "request_end_ns", now)
+    recorder.close(stream, now, {"outcome": "client_abort"})
+    recorder.close(filler, now, {"outcome": "client_abort"})
+    recorder.finish()
+    columns = ["block_hashes", "prompt_bytes", "parse_status", "events_dropped"]
+    rows = open_tape(tmp_path / "a.tape").read(columns).to_pylist()
+    assert rows[0]["block_hashes"] is not None
+    assert rows[1] == {
+        "block_hashes": None,
+        "prompt_bytes": None,
+        "parse_status": "partial",
+        "events_dropped": None,
+    }
+
+
+def test_a_path_or_a_method_cannot_carry_text_into_mode_none(tmp_path: Path) -> None:
+    recorder = start(tmp_path / "a.tape", content="none")
+    now = time.monotonic_ns()
+    odd = [(b"traceparent", b"a-sk-canary-b-c")]
+    stream = recorder.open(now, {}, (b"sk-canary", b"/bot-sk-canary/x", odd))
+    recorder.reply_head(stream, now, 200, [(b"content-encoding", b"sk-canary")])
+    recorder.close(stream, now, {"outcome": "ok"})
+    recorder.finish()
+    for path in (p for p in tmp_path.rglob("*") if p.is_file()):
+        assert b"canary" not in path.read_bytes(), path

@@ -4,6 +4,7 @@ Runs in the writer process. Bodies are held only until they are parsed; what goe
 to the rows has passed the privacy mode. It never raises on what a client or a server sent.
 """
 
+import re
 from typing import Any, Protocol
 
 import msgspec
@@ -13,12 +14,20 @@ from tokentape.traces import blocks
 from tokentape.traces.clock import TapeClock
 from tokentape.traces.identity import request_id
 from tokentape.traces.privacy import Privacy
-from tokentape.traces.schema import INSTANTS, allowed
+from tokentape.traces.schema import INSTANTS, INTEGER_BOUNDS, allowed
 from tokentape.traces.wire import Reply, ReplyParser, read_request, reply_parser, wire_format
 from tokentape.traces.wire.reply import StreamParser
 
 MAX_BODY_BYTES = 64 << 20  # a longer request body is not parsed; its bytes still count
 CREDENTIALS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
+MAX_ENDPOINT_CHARS = 256
+METHODS = (b"GET", b"HEAD", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE")
+ENCODINGS = ("gzip", "br", "zstd", "deflate", "identity")
+# Columns that this process made itself, which a row keeps whatever else was wrong with it.
+_ALWAYS_SOUND = frozenset(
+    {"request_id", "arrival_ns", "send_ns", "host", "worker", "outcome", "parse_status", "end_ns"}
+)
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _UINT32_END = 1 << 32
 _decode = msgspec.msgpack.Decoder().decode
 
@@ -75,7 +84,6 @@ class Assembler:
         self._allowed = allowed(privacy.mode)
         self.open: dict[int, OpenRequest] = {}
         self.seen = 0
-        self.unparsed_records = 0
 
     def take(self, block: memoryview) -> None:
         """Read every record of a block."""
@@ -86,10 +94,13 @@ class Assembler:
             at += size
             payload = bytes(block[at : at + length])
             at += length
-            if kind == blocks.REPLY_DATA:
-                self._reply_data(stream, t_ns, payload)
-            else:
-                self._control(kind, stream, t_ns, payload)
+            try:
+                if kind == blocks.REPLY_DATA:
+                    self._reply_data(stream, t_ns, payload)
+                else:
+                    self._control(kind, stream, t_ns, payload)
+            except Exception:  # noqa: BLE001 - one odd request must not end the recording of others
+                self._spoil(kind, stream, t_ns)
 
     def _control(self, kind: int, stream: int, t_ns: int, payload: bytes) -> None:
         if kind == blocks.OPEN:
@@ -97,7 +108,9 @@ class Assembler:
         elif kind == blocks.TELEMETRY:
             self._telemetry(t_ns, payload)
         elif (request := self.open.get(stream)) is None:
-            self.unparsed_records += 1
+            return
+        elif kind == blocks.GAP:
+            self._gap(request)
         elif kind == blocks.REQUEST_BODY:
             self._request_body(request, payload)
         elif kind == blocks.MARK:
@@ -106,6 +119,24 @@ class Assembler:
             self._reply_head(stream, request, t_ns, payload)
         elif kind == blocks.CLOSE:
             self._close(stream, request, t_ns, _decode(payload))
+
+    def _spoil(self, kind: int, stream: int, t_ns: int) -> None:
+        """A record could not be read: its request goes on with bytes and times only."""
+        request = self.open.get(stream)
+        if request is None:
+            return
+        request.parser = request.body = None
+        request.row["parse_status"] = "error"
+        if kind == blocks.CLOSE:
+            kept = {n: v for n, v in request.row.items() if n in _ALWAYS_SOUND}
+            del self.open[stream]
+            self._sink.finished(stream, self._visible({"end_ns": t_ns, "outcome": "cut"} | kept))
+
+    def _gap(self, request: OpenRequest) -> None:
+        """Pieces were dropped here: neither a body nor a reply with a hole is believed."""
+        if request.parser is None:
+            request.body = None
+        request.row["parse_status"] = "partial"
 
     def _open(self, stream: int, t_ns: int, payload: bytes) -> None:
         row, head = _decode(payload)
@@ -122,18 +153,19 @@ class Assembler:
 
     def _head_columns(self, method: bytes, target: bytes, headers: list[Any]) -> dict[str, Any]:
         """What a request head tells; the query and every header value stay out."""
-        endpoint = target.split(b"?", 1)[0].decode("latin-1")
-        columns: dict[str, Any] = {"endpoint": endpoint, "wire_format": wire_format(endpoint)}
+        endpoint = target.split(b"?", 1)[0].decode("latin-1")[:MAX_ENDPOINT_CHARS]
+        spoken = wire_format(endpoint)
+        if spoken == "unknown" and self._privacy.mode == "none":
+            endpoint = self._privacy.digest(endpoint.encode(), "endpoint")
+        columns: dict[str, Any] = {"endpoint": endpoint, "wire_format": spoken}
         if method != b"POST":
-            columns["operation"] = method.decode("latin-1").lower()
+            columns["operation"] = method.decode().lower() if method in METHODS else "other"
         for name, value in headers:
             lower = name.lower()
             if lower in CREDENTIALS:
                 columns["tenant_digest"] = self._privacy.digest(value, "tenant")
-            elif lower == b"traceparent":
-                columns["trace_id"] = (
-                    value.split(b"-")[1].decode("latin-1") if value.count(b"-") == 3 else None
-                )
+            elif lower == b"traceparent" and (parent := _TRACEPARENT.fullmatch(value)):
+                columns["trace_id"] = parent[1].decode()
         return columns
 
     def _request_body(self, request: OpenRequest, data: bytes) -> None:
@@ -164,6 +196,8 @@ class Assembler:
         self._read_request(stream, request)
         found = {name.lower(): value.decode("latin-1") for name, value in headers}
         encoding = found.get(b"content-encoding")
+        if encoding is not None and encoding not in ENCODINGS:
+            encoding = "other"
         columns = {
             "response_headers_ns": t_ns,
             "http_status": status,
@@ -183,7 +217,6 @@ class Assembler:
     def _reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
         request = self.open.get(stream)
         if request is None:
-            self.unparsed_records += 1
             return
         if t_ns != request.last_ns:
             request.read += 1
@@ -194,7 +227,6 @@ class Assembler:
             request.parser.feed(data, t_ns, request.read)
 
     def _close(self, stream: int, request: OpenRequest, t_ns: int, columns: dict[str, Any]) -> None:
-        del self.open[stream]
         self._read_request(stream, request)
         row = request.row
         row.update(columns)
@@ -205,7 +237,9 @@ class Assembler:
             reply = request.parser.finish(t_ns, row["outcome"] == "ok")
             _merge_reply(row, reply, streamed=isinstance(request.parser, StreamParser))
         _mark_early(row)
-        self._sink.finished(stream, self._visible(row))
+        visible = self._visible(row)
+        del self.open[stream]
+        self._sink.finished(stream, visible)
 
     def _telemetry(self, t_ns: int, payload: bytes) -> None:
         end_ns, source, samples = _decode(payload)
@@ -260,13 +294,21 @@ class Assembler:
         ]
 
     def _visible(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The columns that the mode allows, instants in tape time."""
+        """The columns that the mode allows, in tape time, each value as its type can hold it."""
         offset = self._clock.offset_ns
-        return {
-            name: value + offset if name in INSTANTS and value is not None else value
-            for name, value in row.items()
-            if name in self._allowed
-        }
+        seen: dict[str, Any] = {}
+        for name, value in row.items():
+            if name not in self._allowed or value is None:
+                continue
+            if name in INSTANTS:
+                seen[name] = value + offset
+            elif (bounds := INTEGER_BOUNDS.get(name)) is not None:
+                seen[name] = value if bounds[0] <= value <= bounds[1] else None
+            elif isinstance(value, str) and not value.isascii():
+                seen[name] = value.encode("utf-8", "replace").decode()  # JSON may hold half a pair
+            else:
+                seen[name] = value
+        return seen
 
 
 def _merge_reply(row: dict[str, Any], reply: Reply, *, streamed: bool) -> None:
@@ -321,6 +363,7 @@ def _offsets(t_ns: Any, base_ns: int) -> tuple[Any, int, int]:
 
 def _mark_early(row: dict[str, Any]) -> None:
     """Flag a reply that began before the request was sent whole."""
-    sent, began = row.get("send_end_ns"), row.get("response_headers_ns")
-    if sent is not None and began is not None:
-        row["early_reply"] = began < sent
+    began = row.get("response_headers_ns")
+    sent = [row[n] for n in ("send_end_ns", "request_end_ns") if row.get(n) is not None]
+    if began is not None and sent:
+        row["early_reply"] = began < max(sent)

@@ -17,7 +17,7 @@ MAX_PAYLOAD_BYTES = 256 << 10  # longer data is split, so that a record always f
 
 # One record: kind, stream, CLOCK_MONOTONIC ns, payload length; then the payload.
 RECORD = struct.Struct("<BIqI")
-OPEN, REQUEST_BODY, MARK, REPLY_HEAD, REPLY_DATA, CLOSE, TELEMETRY = range(7)
+OPEN, REQUEST_BODY, MARK, REPLY_HEAD, REPLY_DATA, CLOSE, TELEMETRY, GAP = range(8)
 
 _FULL, _FREE, _NOTE = b"F"[0], b"R"[0], b"N"[0]
 _SLOT = struct.Struct("<BHI")
@@ -124,7 +124,8 @@ class BlockReceiver:
         except TimeoutError:
             return None, None
         except ConnectionResetError:
-            message = b""
+            # The hot process died with our messages unread. Its own still queue behind this error.
+            return None, None
         if not message:
             raise EOFError
         if message[0] == _NOTE:

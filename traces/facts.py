@@ -78,12 +78,16 @@ def replace_facts(tape: Path, facts: dict[str, Any]) -> None:
     """Write tape.json whole or not at all, also across a power cut."""
     path = tape / FACTS_NAME
     temporary = tape / f".{FACTS_NAME}.{os.getpid()}"
-    with temporary.open("w") as out:
-        json.dump(facts, out, indent=1, sort_keys=False)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("w") as out:
+            json.dump(facts, out, indent=1, sort_keys=False)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(tape)
 
 

@@ -7,6 +7,7 @@ A row whose request id is in a segment of the same incarnation is sealed already
 Only what has passed the privacy mode may be written here.
 """
 
+import contextlib
 import os
 import struct
 import zlib
@@ -17,9 +18,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 OPEN, COLUMNS, EVENTS, ROW, TELEMETRY, CLOCK = 0, 1, 2, 3, 4, 5
+RACES = 10  # a reader that loses this often against a writer's rotation sees an empty journal
 _HEAD = struct.Struct("<II")
 _MAGIC = b"tokentape journal 1\n"
 _encode = msgspec.msgpack.Encoder().encode
@@ -90,8 +93,16 @@ class Journal:
 
     def close(self) -> None:
         """Delete the file: everything in it is sealed or counted."""
-        os.close(self._fd)
+        self.leave()
         self._path(self._number).unlink(missing_ok=True)
+
+    def leave(self) -> None:
+        """Close the file and keep it, for `recover`."""
+        os.close(self._fd)
+
+    def finished_rows(self) -> int:
+        """Finished rows that have reached the file."""
+        return sum(kind == ROW for kind, *_ in read_records(self._path(self._number)))
 
     def _begin(self) -> None:
         self._buffer = bytearray(_MAGIC)
@@ -163,13 +174,21 @@ def sealed_ids(tape: Path, incarnation: str) -> set[bytes]:
     """Request ids in the segments of one incarnation: journal rows with these are not lost."""
     ids: set[bytes] = set()
     for file in (tape / "requests").glob(f"**/{incarnation}-*.parquet"):
-        column = pq.read_table(file, columns=["request_id"])["request_id"].combine_chunks()
-        ids.update(column.storage.to_pylist())
+        with contextlib.suppress(pa.ArrowException, OSError):  # damaged: `check` names it
+            column = pq.read_table(file, columns=["request_id"])["request_id"].combine_chunks()
+            ids.update(column.storage.to_pylist())
     return ids
 
 
 def count_unsealed(tape: Path) -> tuple[int, int]:
     """(finished rows, open requests) that the journals hold and no segment does."""
+    for _ in range(RACES):
+        with contextlib.suppress(FileNotFoundError):  # a writer went on to its next file
+            return _count_unsealed(tape)
+    return 0, 0
+
+
+def _count_unsealed(tape: Path) -> tuple[int, int]:
     finished = unfinished = 0
     for incarnation, file in leftovers(tape):
         sealed = sealed_ids(tape, incarnation)

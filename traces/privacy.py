@@ -44,7 +44,11 @@ class Privacy:
         if self.mode == "none" or prompt is None:
             return {}
         if prompt.tokens is not None:
-            data, unit, size, width = array("I", prompt.tokens).tobytes(), "token", BLOCK_TOKENS, 4
+            try:
+                data = array("I", prompt.tokens).tobytes()
+            except (OverflowError, TypeError):  # no token ids, whatever they are
+                return {}
+            unit, size, width = "token", BLOCK_TOKENS, 4
         else:
             data, unit, size, width = prompt.text or b"", "byte", BLOCK_TEXT_BYTES, 1
         length = len(data) // width
@@ -74,7 +78,8 @@ def load_key(tape: Path, key_file: Path | None) -> bytes:
 
     Raises UsageError for a file that is not 32 bytes (raw, or 64 hex digits).
     """
-    path = key_file or tape.with_name(tape.name + ".key")
+    beside = tape.absolute()
+    path = key_file or beside.with_name(beside.name + ".key")
     if key_file is None and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -6,6 +6,7 @@ bounded, then event detail is dropped, then whole requests, and each drop is cou
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -29,24 +30,47 @@ MEMORY_BYTES = (
     64 << 20
 )  # waiting for a stalled writer: beyond it detail is dropped, beyond twice rows
 FINISH_TIMEOUT_S = 120.0
+MAX_VALUE_BYTES = 8192  # of a header or a path
+READ_HEADERS = frozenset(
+    {
+        b"authorization",
+        b"x-api-key",
+        b"api-key",
+        b"x-goog-api-key",
+        b"traceparent",
+        b"content-type",
+        b"content-encoding",
+    }
+)
+_LARGEST_PAYLOAD = blocks.SLOT_BYTES - blocks.RECORD.size
 _encode = msgspec.msgpack.Encoder().encode
 _pack_into = blocks.RECORD.pack_into
 _RECORD_BYTES = blocks.RECORD.size
 
 
 def say(line: str) -> None:
-    """Trouble, told on stderr."""
-    sys.stderr.write(f"tokentape: {line}\n")
+    """Trouble, told on stderr if anybody still reads it."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"tokentape: {line}\n")
+
+
+def _read_later(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers that the writer reads; a head may be of any size, what is kept of it may not."""
+    return [(n, v) for n, v in headers if n.lower() in READ_HEADERS and len(v) <= MAX_VALUE_BYTES]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of everything seen: seen = rows + the losses of whole rows."""
+    """What became of everything seen: seen = rows + unsealed + the losses of whole rows.
+
+    `unsealed` rows are safe in the journal, but a full disk kept them from their segment.
+    """
 
     seen: int
     rows: int
     events: int
     losses: dict[str, int] = field(default_factory=dict)
+    unsealed: int = 0
 
 
 class Recorder:
@@ -114,12 +138,17 @@ class Recorder:
             if old["role"] != role or old.get("content") != content:
                 raise TapeError(
                     f"{tape}: is a {old['role']} with content {old.get('content')}; "
-                    "choose another --tape, or --force to replace it"
+                    "choose another --tape"
                 )
             if old.get("key_id") != facts.get("key_id"):
                 raise TapeError(
                     f"{tape}: was written under another key, so its prefixes would not match; "
                     "give the same --key-file, or choose another --tape"
+                )
+            if old.get("candidate", {}).get("url") != facts.get("candidate", {}).get("url"):
+                raise TapeError(
+                    f"{tape}: was captured from {old.get('candidate', {}).get('url')}; "
+                    "choose another --tape for another upstream"
                 )
             lock_fd = tape_facts.lock(tape)
             recover_locked(tape)
@@ -149,6 +178,9 @@ class Recorder:
             self._lose("rows_dropped")
             return 0
         self._streams += 1
+        if head is not None:
+            method, target, headers = head
+            head = (method[:32], target[:MAX_VALUE_BYTES], _read_later(headers))
         self._put(blocks.OPEN, self._streams, t_ns, _encode([row, head]))
         return self._streams
 
@@ -166,7 +198,7 @@ class Recorder:
     ) -> None:
         """The reply's status and headers."""
         if stream:
-            self._put(blocks.REPLY_HEAD, stream, t_ns, _encode([status, headers]))
+            self._put(blocks.REPLY_HEAD, stream, t_ns, _encode([status, _read_later(headers)]))
 
     def reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
         """A piece of the reply's body without transfer framing; parts of a read share a stamp."""
@@ -191,7 +223,10 @@ class Recorder:
         if not stream:
             return
         if self._waiting_bytes > MEMORY_BYTES:
-            self._dropped[stream] = self._dropped.get(stream, 0) + 1
+            if stream not in self._dropped:
+                self._dropped[stream] = 0
+                self._put(blocks.GAP, stream, t_ns, b"")
+            self._dropped[stream] += kind == blocks.REPLY_DATA
         elif len(data) <= blocks.MAX_PAYLOAD_BYTES:
             self._put(kind, stream, t_ns, data)
         else:
@@ -200,6 +235,9 @@ class Recorder:
 
     def _put(self, kind: int, stream: int, t_ns: int, payload: bytes) -> None:
         size = len(payload)
+        if size > _LARGEST_PAYLOAD:
+            self._lose("records_too_large")
+            return
         at = self._at
         body = at + _RECORD_BYTES
         if body + size > self._end:
@@ -256,8 +294,8 @@ class Recorder:
 
     def flush_every(self, loop: asyncio.AbstractEventLoop) -> None:
         """Flush from now on each FLUSH_EVERY_S on this loop, until `finish`."""
-        self.flush()
         self._timer = loop.call_later(FLUSH_EVERY_S, self.flush_every, loop)
+        self.flush()
 
     def _heed(self, note: dict[str, Any]) -> None:
         if "trouble" in note:
@@ -305,10 +343,11 @@ class Recorder:
         lost = max(self._streams - recovered.rows_on_tape, 0)
         if lost:
             self._lose("writer_died", lost)
-        tape = tape_facts.read_facts(self.tape) | facts
-        tape["losses"] = tape["losses"] | {"writer died": self.losses}
-        tape_facts.replace_facts(self.tape, tape)
         seen = self._streams + self.losses.get("rows_dropped", 0)
+        tape = tape_facts.read_facts(self.tape) | facts
+        tape["losses"] = tape["losses"] | {self._incarnation: self.losses}
+        tape["seen"] = tape.get("seen", {}) | {self._incarnation: seen}
+        tape_facts.replace_facts(self.tape, tape)
         return Summary(seen, seen - sum(self.losses.values()), recovered.events, self.losses)
 
     def _wait_ready(self) -> None:
@@ -317,6 +356,8 @@ class Recorder:
             ready = self._channel.sock.recv(1 << 16)
         except OSError:
             ready = b""
-        if not ready:
+        if ready:
+            self._incarnation = json.loads(ready[1:])["ready"]
+        else:
             code = self._process.wait()
             raise TapeError(f"{self.tape}: the writer process did not start (exit {code})")

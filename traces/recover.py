@@ -42,7 +42,8 @@ def recover_locked(tape: Path) -> Recovered:
         sealed = journal.sealed_ids(tape, incarnation)
         left = replay_journal(file)
         fresh = [r for r in left.finished if r["request_id"] not in sealed] + left.cut
-        writer = TapeWriter(tape, -1, left.clock, f"{incarnation.split('-')[0]}-recovered")
+        worker = incarnation.partition("-")[0]
+        writer = TapeWriter(tape, -1, left.clock, worker, heir_of=incarnation)
         for row in fresh:
             writer.append(row)
         for sample in left.telemetry:
@@ -54,8 +55,9 @@ def recover_locked(tape: Path) -> Recovered:
         writer.update_facts(
             seen=writer.facts.get("seen", {}) | {incarnation: len(sealed) + len(fresh)}
         )
-    for file in (tape / "journal").glob("*.[jt]*"):  # superseded files and half-written ones
-        file.unlink()
+    for file in (tape / "journal").iterdir():  # superseded files, half-written ones, the reserve
+        if file.name != "lock":
+            file.unlink()
     return Recovered(rows, cut, events, on_tape)
 
 

@@ -315,6 +315,11 @@ def _columns() -> Iterable[Column]:
 
 COLUMNS: tuple[Column, ...] = tuple(_columns())
 BY_NAME: dict[str, Column] = {c.name: c for c in COLUMNS}
+INTEGER_BOUNDS: dict[str, tuple[int, int]] = {  # what a column's type can hold
+    c.name: (-(1 << (c.type.bit_width - 1)), (1 << (c.type.bit_width - 1)) - 1)
+    for c in COLUMNS
+    if c.type in (i16, i32, i64)
+}
 INSTANTS: frozenset[str] = frozenset(c.name for c in COLUMNS if c.instant)
 
 

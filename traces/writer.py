@@ -7,6 +7,7 @@ written twice. It never reads what others wrote and never touches the journal.
 import json
 import os
 import platform
+import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ ROW_GROUP_ROWS = (
 SEAL_BYTES = 64 << 20  # a guess of the rows' size in memory that closes a segment
 ZSTD_LEVEL = 3
 TRACE_CLOCK: dict[str, Any] = {"clock_id": "trace", "anchors": []}  # an import's clock is its trace
+_UNWRITABLE = (pa.ArrowException, ValueError, OverflowError, TypeError)
 _ROW_BYTES, _EVENT_BYTES = 1_000, 12
 
 _LISTS = [f.name for f in REQUESTS if pa.types.is_list(f.type)]
@@ -51,11 +53,14 @@ class TapeWriter:
     what every segment says of the clock that took them: TapeClock.footer, or TRACE_CLOCK.
     """
 
-    def __init__(self, tape: Path, lock_fd: int, clock: dict[str, Any], worker: str) -> None:
+    def __init__(
+        self, tape: Path, lock_fd: int, clock: dict[str, Any], worker: str, *, heir_of: str = ""
+    ) -> None:
         self.tape = tape
         self.facts = tape_facts.read_facts(tape)
         self.worker = worker
-        self.incarnation = incarnation(worker)
+        # What a dead incarnation left is sealed under its name, so that nothing is sealed twice.
+        self.incarnation = f"{heir_of}-r{secrets.token_hex(3)}" if heir_of else incarnation(worker)
         self.clock = clock
         self.rows_written = 0
         self.events_written = 0
@@ -91,11 +96,6 @@ class TapeWriter:
         tape_facts.create_tape(tape, first, force=force)
         return cls(tape, tape_facts.lock(tape), TRACE_CLOCK, worker)
 
-    @property
-    def pending_rows(self) -> int:
-        """Rows that wait for the next seal."""
-        return len(self._rows)
-
     def append(self, row: dict[str, Any]) -> None:
         """Keep a finished row for the next segment."""
         self._rows.append(row)
@@ -128,6 +128,7 @@ class TapeWriter:
         """
         wrote = bool(self._rows or self._telemetry)
         if self._rows:
+            self._drop_unwritable()
             self._write_requests(requests_table(self._rows))
             self._rows = []
         if self._telemetry:
@@ -135,6 +136,16 @@ class TapeWriter:
             self._telemetry = []
         self.pending_bytes = 0
         return wrote
+
+    def _drop_unwritable(self) -> None:
+        """Rows that Arrow cannot hold would keep all others from disk: they are counted instead."""
+        try:
+            requests_table(self._rows)
+        except _UNWRITABLE:
+            sound = [row for row in self._rows if _is_writable(row)]
+            bad = len(self._rows) - len(sound)
+            self.losses["unwritable"] = self.losses.get("unwritable", 0) + bad
+            self._rows = sound
 
     def update_facts(self, **changes: Any) -> None:
         """Change tape.json, losses included; atomic."""
@@ -189,7 +200,7 @@ class TapeWriter:
                 compression_level=ZSTD_LEVEL,
                 use_dictionary=dictionary,
                 column_encoding=encoding,
-                write_page_index=False,
+                write_page_checksum=True,
             ) as writer:
                 writer.write_table(table.replace_schema_metadata(footer), ROW_GROUP_ROWS)
             with temporary.open("rb") as written:
@@ -213,6 +224,14 @@ class TapeWriter:
             "clock_id": self.clock["clock_id"],
             "anchors": self.clock["anchors"],
         }
+
+
+def _is_writable(row: dict[str, Any]) -> bool:
+    try:
+        requests_table([row])
+    except _UNWRITABLE:
+        return False
+    return True
 
 
 def _text(value: Any) -> str:

@@ -27,6 +27,8 @@ from tokentape.traces.writer import SEAL_BYTES, TapeWriter
 NICENESS = 10
 JOURNAL_EVERY_S = 0.5  # a kill -9 of this process loses at most this plus the block on its way
 SEAL_EVERY_S = 60.0
+RESERVE_NAME = "journal/reserve"
+RESERVE_BYTES = 32 << 10  # held back for tape.json when the disk is full
 RETRY_EVERY_S = 5.0  # after a write failed
 MEMORY_BYTES = 256 << 20  # rows that cannot be sealed
 
@@ -47,6 +49,8 @@ class TapeSink:
         """The assembler whose open requests a new journal repeats."""
         self._assembler = assembler
         self._guard(self._open_journal)
+        reserve = self.writer.tape / RESERVE_NAME
+        self._guard(lambda: reserve.write_bytes(bytes(RESERVE_BYTES)))
 
     def opened(self, stream: int, row: dict[str, Any]) -> None:
         self._journal(journals.OPEN, stream, journals.pack_row(row))
@@ -71,7 +75,9 @@ class TapeSink:
         now = time.monotonic()
         if now < self._try_again_at:
             return
-        if self.journal is not None:
+        if self.journal is None:
+            self._guard(self._open_journal)
+        else:
             self._guard(self.journal.flush)
         due = now - self._sealed_at > SEAL_EVERY_S or self.writer.pending_bytes > SEAL_BYTES
         if due and self._guard(self._seal):
@@ -79,14 +85,37 @@ class TapeSink:
         if self.writer.pending_bytes > MEMORY_BYTES:
             self.writer.drop_pending("disk_full")
 
-    def finish(self, facts: dict[str, Any]) -> None:
-        """Seal the rest for good; what cannot be written is counted."""
-        self.writer.clock["anchors"].append(take_anchor().as_dict())
-        if not self._guard(self.writer.seal):
-            self.writer.drop_pending("disk_full")
+    def finish(self, facts: dict[str, Any]) -> int:
+        """Seal the rest for good; the rows that only the journal holds, where the disk is full."""
+        self._add_anchor()
+        if self._guard(self.writer.seal):
+            self._free_reserve()
+            self._guard(lambda: self.writer.update_facts(**facts))
+            if self.journal is not None:
+                self.journal.close()
+            return 0
+        unsealed = self._keep_journal()
+        lost = self.writer.seen - self.writer.rows_written - unsealed
+        self.writer.losses["disk_full"] = lost - self.writer.losses.get("rows_dropped", 0)
+        self._free_reserve()
         self._guard(lambda: self.writer.update_facts(**facts))
-        if self.journal is not None:
-            self.journal.close()
+        return unsealed
+
+    def _keep_journal(self) -> int:
+        """Finished rows in the journal, which stays where it is for `recover`."""
+        if self.journal is None:
+            return 0
+        self._guard(self.journal.flush)
+        self.journal.leave()
+        return self.journal.finished_rows()
+
+    def _free_reserve(self) -> None:
+        """Room for tape.json, so that losses can be written on a full disk."""
+        (self.writer.tape / RESERVE_NAME).unlink(missing_ok=True)
+
+    def _add_anchor(self) -> None:
+        """The anchor in force and the latest one: enough to see and to undo a drift."""
+        self.writer.clock["anchors"][1:] = [take_anchor().as_dict()]
 
     def _journal(self, kind: int, stream: int, fields: Any) -> None:
         if self.journal is not None and self.journal.buffered_bytes < SEAL_BYTES:
@@ -94,7 +123,7 @@ class TapeSink:
 
     def _seal(self) -> None:
         assert self._assembler is not None
-        self.writer.clock["anchors"].append(take_anchor().as_dict())
+        self._add_anchor()
         if self.writer.seal() and self.journal is not None:
             self.journal.rotate(
                 record
@@ -182,11 +211,12 @@ def main() -> None:
     hot_losses = end.get("losses", {})
     writer.losses |= hot_losses
     writer.seen = assembler.seen + hot_losses.get("rows_dropped", 0)
-    sink.finish(end.get("finish", {}))
+    unsealed = sink.finish(end.get("finish", {}))
     summary = {
         "seen": writer.seen,
         "rows": writer.rows_written,
         "events": writer.events_written,
+        "unsealed": unsealed,
         "losses": writer.losses,
     }
     tell(channel, summary=summary)
