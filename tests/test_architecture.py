@@ -171,4 +171,4 @@ def test_every_file_is_formatted() -> None:
 
 @pytest.mark.timeout(TOOLS_TIMEOUT_S)
 def test_mypy_strict_finds_nothing() -> None:
-    run_tool("mypy", "--no-error-summary")
+    run_tool("mypy", "--no-error-summary", "--num-workers", "2")
