@@ -1,8 +1,8 @@
 """mitmproxy's hooks to raw records: opens, stamps and closes one record per request.
 
 Nothing here raises into a flow: mitmproxy guards hooks, and the stream callables guard themselves,
-since a callable that raises would lose its chunk. A record is closed exactly once, from `response`
-or from `error`, whichever comes first.
+since a callable that raises would lose its chunk. A record is closed exactly once, when request and
+reply have both ended, or when either broke off.
 """
 
 import platform
@@ -10,71 +10,34 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mitmproxy import ctx, http
-from mitmproxy.connection import Client
+from mitmproxy import ctx, http, tcp
+from mitmproxy.connection import Client, ConnectionState
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from mitmproxy.tls import TlsData
 
-from tokentape.proxy import traps
+from tokentape.proxy.sockets import ClientConnection, SocketStamps, read_ns
 from tokentape.traces.recording import Recorder
 
 _STATE = "tokentape"
-_CLIENT_GONE = "Client disconnected."
-
-
-class SocketStamps:
-    """When one socket was last read, and when bytes of its current request were written.
-
-    Read stamps are taken in the transport's callback, before any task wakes. A chunk that is
-    handled after the next read came carries that later stamp: never too early, and then seen as
-    coalesced.
-    """
-
-    __slots__ = ("first_write_ns", "last_write_ns", "read_ns", "requests")
-
-    def __init__(self) -> None:
-        self.first_write_ns = self.last_write_ns = self.read_ns = self.requests = 0
-
-    def watch_reads(self, reader: Any) -> None:
-        """Stamp what the transport feeds an asyncio StreamReader."""
-        feed = reader.feed_data
-
-        def stamped(data: bytes) -> None:
-            self.read_ns = time.monotonic_ns()
-            feed(data)
-
-        reader.feed_data = stamped
-
-    def watch_writes(self, writer: Any) -> None:
-        """Stamp every write of an asyncio StreamWriter."""
-        write = writer.write
-
-        def stamped(data: bytes) -> None:
-            now = time.monotonic_ns()
-            if not self.first_write_ns:
-                self.first_write_ns = now
-            self.last_write_ns = now
-            write(data)
-
-        writer.write = stamped
-
-    def reset(self) -> None:
-        """The next write begins another request."""
-        self.first_write_ns = self.last_write_ns = 0
 
 
 class Exchange:
-    """What the add-on keeps of one flow while it runs."""
+    """What the add-on keeps of one flow while it runs; `reply` holds the end of an early reply."""
 
-    __slots__ = ("client", "closed", "deviations", "request_ended", "stream", "upstream")
+    __slots__ = ("client", "closed", "deviations", "reply", "request_ended", "stream", "upstream")
 
-    def __init__(self, stream: int, client: SocketStamps | None) -> None:
+    def __init__(self, stream: int, client: ClientConnection | None) -> None:
         self.stream = stream
         self.client = client
         self.upstream: SocketStamps | None = None
-        self.closed = False
-        self.request_ended = False
         self.deviations: list[str] = []
+        self.closed = self.request_ended = False
+        self.reply: Callable[[], None] | None = None
+
+    @property
+    def client_ns(self) -> int:
+        """The client socket's last read."""
+        return read_ns(self.client.socket if self.client else None)
 
 
 class Capture:
@@ -84,76 +47,88 @@ class Capture:
         self._recorder = recorder
         self._worker = worker
         self._host = platform.node()
-        self._conn_ids: dict[str, int] = {}
-        self._conns = 0
-        self._client_stamps: dict[str, SocketStamps] = {}
-        self._stamps: dict[str, SocketStamps] = {}
+        self._connections = 0
+        self._clients: dict[str, ClientConnection] = {}
+        self._notes: dict[str, list[str]] = {}
         self.open_flows: dict[str, http.HTTPFlow] = {}
         self.errors = 0
-        self._noted: list[str] = []
 
-    def note(self, deviation: str) -> None:
-        """A remedy of traps.py altered a reply; the flow whose hook comes next is the one."""
-        self._noted.append(deviation)
+    def note(self, connection_id: str, deviation: str) -> None:
+        """A remedy of traps.py altered what passed on a connection."""
+        self._notes.setdefault(connection_id, []).append(deviation)
 
     # -- connections ----------------------------------------------------------------------------
 
     def client_connected(self, client: Client) -> None:
-        """Number the connection, watch its reads, widen mitmproxy's limit of five upstreams."""
-        self._conns += 1
-        self._conn_ids[client.id] = self._conns
+        """Number the connection and watch its socket."""
+        self._connections += 1
         handler = _handler(client.id)
         if handler is not None:
-            traps.widen_permits(handler)
-            stamps = self._client_stamps[client.id] = SocketStamps()
-            stamps.watch_reads(handler.transports[client].reader)
+            io = handler.transports[client]
+            self._clients[client.id] = ClientConnection(self._connections, io)
 
     def client_disconnected(self, client: Client) -> None:
-        """Forget the connection's number."""
-        self._conn_ids.pop(client.id, None)
-        self._client_stamps.pop(client.id, None)
+        """Close what still waits for this client, forget the connection."""
+        for flow in [f for f in self.open_flows.values() if f.client_conn.id == client.id]:
+            exchange = flow.metadata[_STATE]
+            if exchange.reply is not None:
+                exchange.reply()
+        self._clients.pop(client.id, None)
+        self._notes.pop(client.id, None)
+
+    def server_connect(self, data: ServerConnectionHookData) -> None:
+        """An upstream connection is about to be opened."""
+        if (client := self._clients.get(data.client.id)) is not None:
+            client.connecting = True
 
     def server_connected(self, data: ServerConnectionHookData) -> None:
         """Watch the upstream socket."""
-        handler = _handler(data.client.id)
-        if handler is None or (io := handler.transports.get(data.server)) is None:
-            return
-        stamps = self._stamps[data.server.id] = SocketStamps()
-        stamps.watch_writes(io.writer)
-        stamps.watch_reads(io.reader)
+        client, handler = self._clients.get(data.client.id), _handler(data.client.id)
+        if client is not None and handler is not None and data.server in handler.transports:
+            client.connected(data.server.id, handler.transports[data.server])
 
     def tls_established_server(self, data: TlsData) -> None:
         """The handshake's writes are not the request's."""
-        if (stamps := self._stamps.get(data.conn.id)) is not None:
-            stamps.reset()
+        client = self._clients.get(data.context.client.id)
+        if client is not None and data.conn.id in client.upstreams:
+            client.upstreams[data.conn.id].reset()
 
     def server_disconnected(self, data: ServerConnectionHookData) -> None:
         """Forget the upstream socket."""
-        self._stamps.pop(data.server.id, None)
+        self._notes.pop(data.server.id, None)
+        if (client := self._clients.get(data.client.id)) is not None:
+            client.upstreams.pop(data.server.id, None)
 
     # -- one request ----------------------------------------------------------------------------
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """The head is complete: this is the arrival."""
-        client = self._client_stamps.get(flow.client_conn.id)
-        now = client.read_ns if client else time.monotonic_ns()
+        exchange = self._open(flow)
+        if flow.request.headers.get("expect", "").lower() == "100-continue":
+            exchange.deviations.append("continue")
+        if _has_body(flow.request):
+            flow.request.stream = self._request_callable(exchange)
+
+    def _open(self, flow: http.HTTPFlow) -> Exchange:
+        client = self._clients.get(flow.client_conn.id)
+        if client is not None:
+            client.next_request()
+        exchange = Exchange(0, client)
+        now = exchange.client_ns
         request = flow.request
         row = {
             "arrival_ns": now,
             "arrival_clock": "callback" if client else "coroutine",
             "host": self._host,
             "worker": self._worker,
-            "conn_id": self._conn_ids.get(flow.client_conn.id),
+            "conn_id": client.number if client else None,
             "attempt": 1,
         }
         head = (request.data.method, request.data.path, list(request.headers.fields))
-        exchange = Exchange(self._recorder.open(now, row, head), client)
+        exchange.stream = self._recorder.open(now, row, head)
         flow.metadata[_STATE] = exchange
         self.open_flows[flow.id] = flow
-        if request.headers.get("expect", "").lower() == "100-continue":
-            exchange.deviations.append("continue")
-        if _has_body(request):
-            request.stream = self._request_callable(exchange)
+        return exchange
 
     def request(self, flow: http.HTTPFlow) -> None:
         """The request is complete; streamed ones were stamped by their callable."""
@@ -163,39 +138,80 @@ class Capture:
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """The reply's head is here: stamp what was sent before it, stream what follows."""
         exchange = flow.metadata.get(_STATE)
-        assert flow.response is not None
-        if exchange is None:
+        if exchange is None or flow.response is None:
             return
-        exchange.deviations += self._noted
-        self._noted.clear()
-        stamps = exchange.upstream = self._stamps.get(flow.server_conn.id)
+        if exchange.client is not None:
+            exchange.upstream = exchange.client.upstreams.get(flow.server_conn.id)
+        stamps = exchange.upstream
         if stamps is not None and stamps.first_write_ns:
             self._recorder.mark(exchange.stream, "send_ns", stamps.first_write_ns)
-        now = stamps.read_ns if stamps else time.monotonic_ns()
         fields = list(flow.response.headers.fields)
-        self._recorder.reply_head(exchange.stream, now, flow.response.status_code, fields)
-        if flow.response.status_code != 101:
+        status = flow.response.status_code
+        self._recorder.reply_head(exchange.stream, read_ns(stamps), status, fields)
+        if status != 101:
             flow.response.stream = self._reply_callable(exchange)
 
     def response(self, flow: http.HTTPFlow) -> None:
-        """The reply is complete."""
-        self._close(flow, "ok", {"origin": "upstream"})
+        """The reply is complete; the row waits for the rest of a request that is still coming."""
+        exchange = flow.metadata.get(_STATE)
+        if exchange is None:
+            return
+        end_ns = read_ns(exchange.upstream)
+        exchange.reply = lambda: self._close(flow, "ok", {"origin": "upstream", "end_ns": end_ns})
+        if exchange.request_ended:
+            exchange.reply()
 
     def error(self, flow: http.HTTPFlow) -> None:
-        """The exchange ended early, on either side."""
-        assert flow.error is not None
-        if flow.error.msg == _CLIENT_GONE:
+        """The exchange ended early, on either side, or was refused by mitmproxy itself."""
+        exchange = flow.metadata.get(_STATE) or self._open(flow)
+        if exchange.reply is not None:
+            exchange.reply()
+        elif not flow.client_conn.state & ConnectionState.CAN_READ:
             self._close(flow, "client_abort", {"origin": "upstream" if flow.response else None})
-            return
-        columns: dict[str, Any] = {"origin": "upstream", "error_type": "reply_cut"}
-        if flow.response is None:
-            # the client gets a page that mitmproxy made
-            columns = {"origin": "proxy", "error_type": "no_reply", "http_status": 502}
-            flow.metadata[_STATE].deviations.append("upstream_failure_page")
-        if flow.server_conn.timestamp_tcp_setup is None:
-            self._close(flow, "connect_error", columns | {"error_type": "connect"})
-        else:
+        elif flow.response is not None:
+            columns = {"origin": "upstream", "error_type": "reply_cut"}
             self._close(flow, "upstream_abort", columns)
+        else:
+            self._close_with_page(flow, exchange)
+
+    def _close_with_page(self, flow: http.HTTPFlow, exchange: Exchange) -> None:
+        """No reply came: the row closes with the page that mitmproxy writes next, if it does."""
+        client = exchange.client
+        if client is not None and client.connecting:
+            outcome, why = "connect_error", "connect"
+        elif client is not None and client.upstreams:
+            outcome, why = "upstream_abort", "no_reply"
+        else:
+            outcome, why = "http_error", "refused"  # what mitmproxy would not pass on
+
+        def close(page: bytes = b"") -> None:
+            columns: dict[str, Any] = {"origin": "proxy", "error_type": why}
+            if page[:7] == b"HTTP/1." and page[9:12].isdigit():
+                columns["http_status"] = int(page[9:12])
+                exchange.deviations.append("upstream_failure_page")
+            self._close(flow, outcome, columns)
+
+        exchange.reply = close
+        if client is not None:
+            client.socket.on_write = close
+        else:
+            close()
+
+    def cut_open(self) -> None:
+        """What our own end cuts off is nobody's failure."""
+        for flow in list(self.open_flows.values()):
+            self._close(flow, "cut", {})
+
+    # -- what is passed on and not kept ---------------------------------------------------------
+
+    def websocket_message(self, flow: http.HTTPFlow) -> None:
+        """mitmproxy would keep every message of the connection."""
+        if flow.websocket is not None:
+            flow.websocket.messages.clear()
+
+    def tcp_message(self, flow: tcp.TCPFlow) -> None:
+        """mitmproxy would keep every piece of an upgraded connection."""
+        flow.messages.clear()
 
     # -- pieces ---------------------------------------------------------------------------------
 
@@ -205,7 +221,7 @@ class Capture:
         def piece(data: bytes) -> bytes:
             try:
                 if data:
-                    recorder.request_body(exchange.stream, _read_ns(exchange.client), data)
+                    recorder.request_body(exchange.stream, exchange.client_ns, data)
                 else:
                     self._end_request(exchange)
             except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
@@ -220,7 +236,7 @@ class Capture:
         def piece(data: bytes) -> bytes:
             try:
                 if data:
-                    record(stream, _read_ns(upstream), data)
+                    record(stream, read_ns(upstream), data)
             except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
                 self.errors += 1
             return data
@@ -228,50 +244,45 @@ class Capture:
         return piece
 
     def _end_request(self, exchange: Exchange) -> None:
-        if not exchange.request_ended:
-            exchange.request_ended = True
-            self._recorder.mark(exchange.stream, "request_end_ns", _read_ns(exchange.client))
+        if exchange.request_ended:
+            return
+        exchange.request_ended = True
+        self._recorder.mark(exchange.stream, "request_end_ns", exchange.client_ns)
+        if exchange.reply is not None:
+            exchange.reply()
 
     def _close(self, flow: http.HTTPFlow, outcome: str, columns: dict[str, Any]) -> None:
         self.open_flows.pop(flow.id, None)
-        exchange = flow.metadata.get(_STATE)
-        if exchange is None or exchange.closed:
+        exchange = flow.metadata[_STATE]
+        if exchange.closed:
             return
         exchange.closed = True
-        if self._noted:
-            exchange.deviations += self._noted
-            self._noted.clear()
+        exchange.reply = None
+        for connection in (flow.client_conn.id, flow.server_conn.id):
+            exchange.deviations += self._notes.pop(connection, [])
         columns["outcome"] = outcome
         columns["deviations"] = exchange.deviations or None
         columns["send_clock"] = "callback"
         columns["event_clock"] = "callback" if exchange.upstream else "coroutine"
-        # a whole reply ended with its last read; whatever broke off ends when we are told
-        now = _read_ns(exchange.upstream) if outcome == "ok" else time.monotonic_ns()
-        columns |= self._path_columns(flow)
-        self._recorder.close(exchange.stream, now, columns)
-
-    def _path_columns(self, flow: http.HTTPFlow) -> dict[str, Any]:
-        """What the upstream connection tells; its set-up times are differences of wall stamps."""
-        conn = flow.server_conn
-        stamps = self._stamps.get(conn.id)
-        if stamps is None:
-            return {}
-        columns: dict[str, Any] = {"upstream_reused": stamps.requests > 0}
-        if stamps.first_write_ns:
-            columns |= {"send_ns": stamps.first_write_ns, "send_end_ns": stamps.last_write_ns}
-        if stamps.requests == 0 and conn.timestamp_start and conn.timestamp_tcp_setup:
-            columns["connect_ns"] = int((conn.timestamp_tcp_setup - conn.timestamp_start) * 1e9)
-            if conn.timestamp_tls_setup:
-                tls_s = conn.timestamp_tls_setup - conn.timestamp_tcp_setup
-                columns["tls_ns"] = int(tls_s * 1e9)
-        stamps.requests += 1
-        stamps.reset()
-        return columns
+        columns |= _path_columns(flow, exchange)
+        self._recorder.close(exchange.stream, time.monotonic_ns(), columns)
 
 
-def _read_ns(stamps: SocketStamps | None) -> int:
-    """The socket's last read, or now where the socket is not watched."""
-    return stamps.read_ns if stamps else time.monotonic_ns()
+def _path_columns(flow: http.HTTPFlow, exchange: Exchange) -> dict[str, Any]:
+    """What the upstream connection tells; its set-up times are differences of wall stamps."""
+    conn = flow.server_conn
+    stamps = exchange.client.upstreams.get(conn.id) if exchange.client else None
+    if stamps is None:
+        return {}
+    columns: dict[str, Any] = {"upstream_reused": stamps.requests > 0}
+    if stamps.first_write_ns:
+        columns |= {"send_ns": stamps.first_write_ns, "send_end_ns": stamps.last_write_ns}
+    if stamps.requests == 0 and conn.timestamp_start and conn.timestamp_tcp_setup:
+        columns["connect_ns"] = int((conn.timestamp_tcp_setup - conn.timestamp_start) * 1e9)
+        if conn.timestamp_tls_setup:
+            columns["tls_ns"] = int((conn.timestamp_tls_setup - conn.timestamp_tcp_setup) * 1e9)
+    stamps.requests += 1
+    return columns
 
 
 def _has_body(request: http.Request) -> bool:

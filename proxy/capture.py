@@ -46,11 +46,14 @@ class CaptureSummary:
     events: int
     losses: dict[str, int]
     proxy_errors: int
+    unsealed: int = 0
 
     def text(self) -> str:
         """One line for people."""
         lost = ", ".join(f"{n} lost ({reason})" for reason, n in sorted(self.losses.items()))
         tail = f"; {lost}" if lost else "; nothing lost"
+        if self.unsealed:
+            tail += f"; {self.unsealed} wait in the journal for `tokentape recover`"
         errors = f"; {self.proxy_errors} proxy errors" if self.proxy_errors else ""
         return f"{self.seen} requests seen, {self.rows} rows, {self.events} events{tail}{errors}"
 
@@ -71,10 +74,11 @@ def capture(options: CaptureOptions, on_ready: Callable[[str], None]) -> Capture
         ) from None
     with bound:
         recorder = _start(options, upstream)
-        address = "http://{}:{}".format(*bound.getsockname()[:2])
+        at, number = bound.getsockname()[:2]
+        address = f"http://[{at}]:{number}" if ":" in at else f"http://{at}:{number}"
         errors = asyncio.run(_run(options, upstream, bound, recorder, lambda: on_ready(address)))
         done = recorder.finish()
-    return CaptureSummary(done.seen, done.rows, done.events, done.losses, errors)
+    return CaptureSummary(done.seen, done.rows, done.events, done.losses, errors, done.unsealed)
 
 
 def _start(options: CaptureOptions, upstream: str) -> Recorder:

@@ -9,7 +9,6 @@ import gc
 import logging
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +20,12 @@ from mitmproxy.proxy import layers, mode_servers, mode_specs
 
 from tokentape.proxy import traps
 from tokentape.proxy.addon import Capture
+from tokentape.traces.errors import TokentapeError
+from tokentape.traces.recording import say
 
 BACKLOG = 4096  # stock: 100, which refuses bursts of new connections
 DRAIN_POLL_S = 0.05
+SAID_ERRORS = 5  # further ones are only counted
 
 
 class TapeMode(mode_specs.ReverseMode):
@@ -72,8 +74,8 @@ class ErrorCounter(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Count, and say the first ones."""
         self.count += 1
-        if self.count <= 5:
-            sys.stderr.write(f"tokentape: proxy: {record.getMessage()}\n")
+        if self.count <= SAID_ERRORS:
+            say(f"proxy: {record.getMessage()}")
 
 
 def build(upstream: str, bound: socket.socket, capture: Capture) -> master.Master:
@@ -127,12 +129,15 @@ async def serve(
     logging.getLogger().addHandler(errors)
     logging.getLogger().setLevel(logging.WARNING)
     for name in traps.apply(capture.note):
-        sys.stderr.write(f"tokentape: this mitmproxy does not allow the remedy {name!r}\n")
+        say(f"this mitmproxy does not allow the remedy {name!r}")
     m = build(upstream, bound, capture)
     running = asyncio.ensure_future(m.run())
     proxy = m.addons.get("proxyserver")
     while not running.done() and not any(s.is_running for s in proxy.servers):  # noqa: ASYNC110
         await asyncio.sleep(0.005)
+    if running.done():
+        await running  # it says what is wrong
+        raise TokentapeError("the proxy did not start")
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 50, 100)  # stock thresholds pause 355 ms at 2,000 streams
@@ -151,12 +156,18 @@ async def drain(proxy: Any, capture: Capture, stop: asyncio.Event, drain_s: floa
     for server in proxy.servers:
         await server.stop()
     stop.clear()
-    deadline = asyncio.get_running_loop().time() + drain_s
-    while capture.open_flows and not stop.is_set():
-        if asyncio.get_running_loop().time() > deadline:
-            break
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + drain_s
+    while proxy.connections and not stop.is_set() and loop.time() < deadline:
         busy = {flow.client_conn.id for flow in capture.open_flows.values()}
         for client_id, handler in list(proxy.connections.items()):
-            if client_id not in busy and (io := handler.transports.get(handler.client)):
+            io = handler.transports.get(handler.client)
+            if client_id not in busy and io is not None and not _unsent_bytes(io.writer):
                 io.handler.cancel("idle while draining")
         await asyncio.sleep(DRAIN_POLL_S)
+    capture.cut_open()
+
+
+def _unsent_bytes(writer: Any) -> int:
+    """What a slow client has yet to take."""
+    return int(writer.transport.get_write_buffer_size())

@@ -1,91 +1,107 @@
 """Remedies for the places where stock mitmproxy breaks LLM traffic; each has its test.
 
-Every patch touches private parts of mitmproxy, so `apply` checks that they are there: a missing one
-switches that remedy off and is named, it never stops traffic.
+Every patch touches private parts of mitmproxy or h11, so each is tried: one that cannot be
+installed is named and left out, and traffic goes on without it.
 """
 
-import asyncio
-import collections
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import h11
-from h11._readers import ChunkedReader
-from mitmproxy.proxy import events, server
-from mitmproxy.proxy.layers.http import _http1
+from mitmproxy.proxy import events
 
-Note = Callable[[str], None]
-
-_PERMITS = 1 << 20  # parallel upstream connections per client and address; stock: 5
+_HTTP1 = "mitmproxy.proxy.layers.http._http1"
+Note = Callable[[str, str], None]  # (connection id, what was altered on it)
 
 
-class LaxChunkedReader(ChunkedReader):
-    """Drops HTTP/1.1 trailers, on which stock mitmproxy crashes and hangs the client."""
+class _Patches:
+    """What the patched functions share: who is told, and whose head is being read right now."""
 
-    note: Note = staticmethod(lambda _: None)
-
-    def __call__(self, buf: Any) -> Any:
-        event = super().__call__(buf)
-        if isinstance(event, h11.EndOfMessage) and event.headers:
-            self.note("trailers")
-            return h11.EndOfMessage()
-        return event
+    note: Note = staticmethod(lambda _connection, _what: None)
+    connection = ""
+    installed: tuple[str, ...] = ()
 
 
 def apply(note: Note) -> list[str]:
     """Install the remedies; returns the names of those that this mitmproxy does not allow.
 
-    `note` is called with "trailers" or "interim" when one of them altered a reply.
+    `note` is told of every reply or request that one of them altered: "trailers" or "interim".
     """
+    _Patches.note = staticmethod(note)
     missing = []
     for name, install in (("trailers", _accept_trailers), ("interim", _drop_interim)):
+        if name in _Patches.installed:
+            continue
         try:
-            install(note)
-        except AttributeError:
+            install()
+            _Patches.installed += (name,)
+        except (AttributeError, ImportError):
             missing.append(name)
-    if not hasattr(server.ConnectionHandler, "open_connection"):
-        missing.append("permits")
     return missing
 
 
-def widen_permits(handler: server.ConnectionHandler) -> None:
-    """Let one client connection hold more than five upstream connections (HTTP/2 clients)."""
-    handler.max_conns = collections.defaultdict(lambda: asyncio.Semaphore(_PERMITS))
+def _accept_trailers() -> None:
+    """Drop HTTP/1.1 trailers, on which stock mitmproxy crashes and hangs the client."""
+    private: Any = importlib.import_module(_HTTP1)
+    chunked_reader: Any = importlib.import_module("h11._readers").ChunkedReader
 
+    class LaxChunkedReader(chunked_reader):  # type: ignore[misc]
+        def __init__(self, connection: str) -> None:
+            super().__init__()
+            self._connection = connection
 
-def _accept_trailers(note: Note) -> None:
-    LaxChunkedReader.note = staticmethod(note)
-    make = _http1.make_body_reader
-    if getattr(make, "lax", False):
-        return
+        def __call__(self, buf: Any) -> Any:
+            event = super().__call__(buf)
+            if isinstance(event, h11.EndOfMessage) and event.headers:
+                _Patches.note(self._connection, "trailers")
+                return h11.EndOfMessage()
+            return event
+
+    make = private.make_body_reader
 
     def make_body_reader(expected_size: int | None) -> Any:
-        return LaxChunkedReader() if expected_size is None else make(expected_size)
+        return (
+            LaxChunkedReader(_Patches.connection) if expected_size is None else make(expected_size)
+        )
 
-    make_body_reader.lax = True  # type: ignore[attr-defined]
-    _http1.make_body_reader = make_body_reader
+    _watch_heads(private.Http1Client)
+    _watch_heads(private.Http1Server)
+    private.make_body_reader = make_body_reader
 
 
-_interim_note: list[Note] = []
+def _watch_heads(connection_class: Any) -> None:
+    """Let make_body_reader know whose head it follows; it runs in the same step as read_headers."""
+    original = connection_class.read_headers
+
+    def read_headers(self: Any, event: Any) -> Any:
+        commands = original(self, event)
+        answer = None
+        while True:
+            _Patches.connection = self.conn.id
+            try:
+                command = commands.send(answer)
+            except StopIteration as stop:
+                return stop.value
+            answer = yield command
+
+    connection_class.read_headers = read_headers
 
 
-def _drop_interim(note: Note) -> None:
+def _drop_interim() -> None:
     """Drop complete 1xx heads (not 101), which stock mitmproxy takes for the final response."""
-    first = not _interim_note
-    _interim_note[:] = [note]
-    if not first:
-        return
-    original = _http1.Http1Client.read_headers
+    private: Any = importlib.import_module(_HTTP1)
+    original = private.Http1Client.read_headers
 
-    def read_headers(self: Any, event: events.ConnectionEvent) -> Any:
+    def read_headers(self: Any, event: Any) -> Iterator[Any]:
         if isinstance(event, events.DataReceived) and self.request:
             while _begins_with_interim(bytes(self.buf)[:13]):
                 if not self.buf.maybe_extract_lines():
                     return  # the interim head is not complete yet
-                _interim_note[0]("interim")
+                _Patches.note(self.conn.id, "interim")
         yield from original(self, event)
 
-    _http1.Http1Client.read_headers = read_headers  # type: ignore[method-assign]
+    private.Http1Client.read_headers = read_headers
 
 
 def _begins_with_interim(start: bytes) -> bool:

@@ -118,14 +118,15 @@ class Stage:
         """The rows of a path, in order of arrival, once there are `count`."""
         deadline = time.monotonic() + 20
         while True:
-            rows = [r for r in self._finished() if r.get("endpoint") == path]
+            rows = [r for r in self.finished() if r.get("endpoint") == path]
             if len(rows) >= count:
                 assert len(rows) == count
                 return sorted(rows, key=lambda r: int(r["arrival_ns"]))
             assert time.monotonic() < deadline, f"{len(rows)} of {count} rows at {path}"
             time.sleep(0.02)
 
-    def _finished(self) -> list[dict[str, Any]]:
+    def finished(self) -> list[dict[str, Any]]:
+        """Every row that is finished, sealed or not."""
         found = {r["request_id"].bytes: r for r in self.proxy.rows()}
         for _, file in journal.leftovers(self.proxy.tape):
             with contextlib.suppress(FileNotFoundError):  # sealed meanwhile

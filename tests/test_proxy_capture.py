@@ -1,6 +1,9 @@
 """The proxy in front of a server scripted byte by byte: what passes, and what is recorded."""
 
+import asyncio
 import json
+import os
+import re
 import signal
 import socket
 import threading
@@ -261,9 +264,7 @@ def test_a_second_request_on_a_connection_reuses_the_upstream_one(stage: Stage) 
     assert all(r["send_ns"] >= r["arrival_ns"] for r in rows)
 
 
-def test_with_a_full_disk_traffic_goes_on_and_the_loss_is_counted(
-    tmp_path: Path, small_disk: Path
-) -> None:
+def test_with_a_full_disk_traffic_goes_on_and_the_loss_is_counted(small_disk: Path) -> None:
     def script(connection: socket.socket, _: bytes) -> None:
         connection.sendall(REPLIES["stream"])
 
@@ -276,9 +277,11 @@ def test_with_a_full_disk_traffic_goes_on_and_the_loss_is_counted(
             )
             assert got == REPLIES["stream"]
         said = proxy.stop()
-    assert "20 requests seen, 0 rows, 0 events; 20 lost (disk_full)" in said
+    told = re.search(r"20 requests seen, 0 rows, 0 events; (\d+) lost \(disk_full\)(.*)", said)
+    assert told is not None, said
+    waiting = re.search(r"; (\d+) wait in the journal", told[2])
+    assert int(told[1]) + int(waiting[1] if waiting else 0) == 20
     assert said.count("No space left on device; traffic goes on") == 1
-    assert tmp_path.exists()
 
 
 def test_bodies_that_are_no_json_pass_and_are_recorded_with_their_bytes(stage: Stage) -> None:
@@ -308,9 +311,175 @@ def test_a_recorder_that_fails_costs_no_byte() -> None:
     assert capture.errors == 1
 
 
+def test_what_was_altered_is_noted_on_its_own_row_among_parallel_ones(stage: Stage) -> None:
+    interim_sent, other_done = threading.Event(), threading.Event()
+
+    def with_interim(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+        interim_sent.set()
+        assert other_done.wait(10)
+        connection.sendall(REPLIES["whole"])
+
+    def plain(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(REPLIES["whole"])
+
+    altered, untouched = stage.play(with_interim), stage.play(plain)
+    with socket.create_connection((stage.host, stage.port), timeout=10) as client:
+        client.sendall(post(altered, BODY, close=False))
+        assert interim_sent.wait(10)
+        talk(stage.host, stage.port, post(untouched, BODY, close=False), until=b"{}")
+        other_done.set()
+        assert receive(client, len(REPLIES["whole"])) == REPLIES["whole"]
+    assert stage.rows(altered)[0]["deviations"] == ["interim"]
+    assert stage.rows(untouched)[0].get("deviations") is None
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_client_that_leaves_while_it_uploads_is_no_failure_of_the_upstream(
+    stage: Stage, chunked: bool
+) -> None:
+    def never(_: socket.socket, __: bytes) -> None:
+        raise AssertionError("the request was never whole")
+
+    path = stage.play(never)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\n"
+    head += "Transfer-Encoding: chunked\r\n\r\n" if chunked else "Content-Length: 100000\r\n\r\n"
+    with socket.create_connection((stage.host, stage.port), timeout=10) as client:
+        client.sendall(head.encode() + chunk(b"x" * 100))
+    (row,) = stage.rows(path)
+    assert (row["outcome"], row.get("http_status")) == ("client_abort", None)
+
+
+def test_an_early_reply_waits_for_the_upload_and_leaves_no_stamp_behind(tmp_path: Path) -> None:
+    refused = b"HTTP/1.1 413 Too Large\r\nContent-Length: 4\r\n\r\nlong"
+
+    def serve(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            while b"\r\n\r\n" not in connection.recv(65536):
+                pass
+            connection.sendall(refused)
+            while not connection.recv(65536).endswith(b"end"):
+                pass
+            while b"a b" not in connection.recv(65536):
+                pass
+            connection.sendall(REPLIES["whole"])
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, args=(server,))
+        thread.start()
+        upstream = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with capturing(upstream, tmp_path / "a.tape") as proxy:
+            with socket.create_connection((proxy.host, proxy.port), timeout=10) as client:
+                upload = post("/v1/completions", b"x" * 99_997 + b"end", close=False)
+                client.sendall(upload[:1000])
+                assert receive(client, len(refused)) == refused
+                client.sendall(upload[1000:])
+                client.sendall(post("/v1/completions", BODY, close=False))
+                assert receive(client, len(REPLIES["whole"])) == REPLIES["whole"]
+            thread.join()
+            proxy.stop()
+    early, late = proxy.rows()
+    assert (early["http_status"], early["early_reply"], early["prompt_bytes"]) == (
+        413,
+        True,
+        100_000,
+    )
+    assert late["arrival_ns"] <= late["send_ns"]
+    assert check(open_tape(proxy.tape)) == []
+
+
+def test_a_request_that_the_proxy_refuses_is_its_own_answer(stage: Stage) -> None:
+    asked = b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n"
+    assert talk(stage.host, stage.port, asked).startswith(b"HTTP/1.1 400")
+    (row,) = stage.rows("x:443")
+    assert (row["origin"], row["error_type"], row["http_status"]) == ("proxy", "refused", 400)
+
+
+def test_at_sigterm_a_slow_client_still_gets_the_tail_of_its_reply(tmp_path: Path) -> None:
+    body = b"x" * 2_850_000
+    sent = threading.Event()
+
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        sent.set()
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        with socket.create_connection((proxy.host, proxy.port), timeout=20) as client:
+            client.sendall(post("/v1/completions", BODY))
+            got = client.recv(1000)
+            sent.wait(3)  # it may not end before we read: the buffers between are finite
+            proxy.process.send_signal(signal.SIGTERM)
+            while piece := client.recv(65536):
+                got += piece
+        proxy.process.wait(30)
+    assert len(got.partition(b"\r\n\r\n")[2]) == len(body)
+
+
+def test_what_a_second_signal_cuts_off_is_recorded_as_cut(tmp_path: Path) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(SSE_HEAD + chunk(event("a")))
+        begun.set()
+        end.wait(30)
+
+    with (
+        scripted(script) as upstream,
+        capturing(upstream, tmp_path / "a.tape") as proxy,
+        socket.create_connection((proxy.host, proxy.port), timeout=20) as client,
+    ):
+        client.sendall(post("/v1/completions", BODY))
+        assert begun.wait(10)
+        while b'"a"' not in client.recv(65536):
+            pass
+        proxy.process.send_signal(signal.SIGINT)
+        while True:  # until it drains
+            try:
+                socket.create_connection((proxy.host, proxy.port), timeout=1).close()
+            except OSError:
+                break
+            time.sleep(0.02)
+        proxy.stop(signal.SIGINT)
+        end.set()
+    (row,) = proxy.rows()
+    assert (row["outcome"], row["origin"], len(row["off_us"])) == ("cut", None, 1)
+
+
+def test_the_proxy_outlives_its_stderr_and_its_writer(tmp_path: Path) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(REPLIES["whole"])
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        assert proxy.process.stderr is not None
+        proxy.process.stderr.close()
+        children = Path(f"/proc/{proxy.process.pid}/task/{proxy.process.pid}/children")
+        for pid in children.read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        for _ in range(20):
+            ask = post("/v1/completions", BODY, "X-Huge: " + "h" * 100_000, close=False)
+            assert talk(proxy.host, proxy.port, ask, until=b"{}") == REPLIES["whole"]
+        proxy.process.terminate()
+        proxy.process.wait(30)
+
+
 def test_accepted_sockets_send_small_writes_at_once() -> None:
-    with master.bind("127.0.0.1", 0) as listening:
-        assert listening.proto == socket.IPPROTO_TCP
+    async def nodelay() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted_socket = writer.get_extra_info("socket")
+            found.set_result(accepted_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with master.bind("127.0.0.1", 0) as listening:
+            server = await asyncio.start_server(accepted, sock=listening)
+            with socket.create_connection(listening.getsockname()):
+                answer = await found
+            server.close()
+        return answer
+
+    assert asyncio.run(nodelay()) == 1
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,6 @@ class Assembler:
 
     def _reply_head(self, stream: int, request: OpenRequest, t_ns: int, payload: bytes) -> None:
         status, headers = _decode(payload)
-        self._read_request(stream, request)
         found = {name.lower(): value.decode("latin-1") for name, value in headers}
         encoding = found.get(b"content-encoding")
         if encoding is not None and encoding not in ENCODINGS:
