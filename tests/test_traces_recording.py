@@ -334,7 +334,7 @@ def test_pieces_that_were_dropped_leave_no_false_prompt_structure(tmp_path: Path
     filler = begin(recorder, now)
     while recorder._waiting_bytes <= MEMORY_BYTES:
         recorder.reply_data(filler, now, b"x" * 200_000)
-    stream = recorder.open(now, {}, HEAD)
+    stream = recorder.open(now + 1, {}, HEAD)
     recorder.request_body(stream, now, BODY)
     os.kill(recorder._process.pid, signal.SIGCONT)
     recorder.mark(stream, "request_end_ns", now)
