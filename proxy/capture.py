@@ -122,6 +122,8 @@ async def _run(
 def checked_upstream(url: str) -> str:
     """`scheme://host:port` of an upstream; UsageError says what is wrong with anything else."""
     parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:  # not to be repeated
+        raise UsageError("--upstream: leave user and password out; clients send their own keys")
     if parts.scheme not in ("http", "https"):
         raise UsageError(f"--upstream {url}: need http://HOST:PORT or https://HOST:PORT")
     try:
@@ -130,10 +132,8 @@ def checked_upstream(url: str) -> str:
         raise UsageError(f"--upstream {url}: the port is no number below 65536") from None
     if not parts.hostname:
         raise UsageError(f"--upstream {url}: no host; need http://HOST:PORT")
-    if parts.path.strip("/") or parts.query or parts.username:
-        raise UsageError(
-            f"--upstream {url}: give scheme, host and port only; clients keep their paths and keys"
-        )
+    if parts.path.strip("/") or parts.query:
+        raise UsageError(f"--upstream {url}: give scheme, host and port only; clients keep paths")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}:{port}"
 

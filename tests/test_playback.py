@@ -13,6 +13,8 @@ from playback import Playback, Served, playback
 from raw_client import RawReply, body_for, play, play_all
 from recordings import CHAT, DONE
 
+pytestmark = pytest.mark.timed
+
 SHORT = "low-143"  # a completion of 18 tokens, 0.34 s
 SHORT_CHAT = "low-78"
 TRIES = 3

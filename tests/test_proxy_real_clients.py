@@ -29,6 +29,8 @@ from tokentape.traces import schema
 from tokentape.traces.check import check
 from tokentape.traces.reader import Tape, open_tape
 
+pytestmark = pytest.mark.timed
+
 OPENAI_AT_ONCE, CURL_AT_ONCE = 2, 4
 WHOLE = 8  # replies that are not streamed
 SHORT = ("low-78", "low-143")  # a chat reply and a completion of 0.3 s

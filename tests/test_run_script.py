@@ -141,9 +141,13 @@ def test_a_bench_that_is_not_there_is_a_usage_error(checkout: Path, home: Path) 
 @pytest.mark.parametrize(
     ("given", "asked"),
     [
-        (["test"], "pytest:"),
+        (
+            ["test"],
+            "pytest: -n auto --dist loadfile -m (not slow) and not timed\n"
+            "pytest: -m (not slow) and timed",
+        ),
         (["test", "--slow", "-x"], "pytest: -m slow or not slow -x"),
-        (["test", "tests/test_docs.py"], "pytest: tests/test_docs.py"),
+        (["test", "tests/test_docs.py"], "pytest: -m not slow tests/test_docs.py"),
         ([], "tokentape: demo"),
         (["demo", "--folder", "a b"], "tokentape: demo --folder a b"),
         (["tokentape", "info", "x"], "tokentape: info x"),
@@ -165,7 +169,17 @@ def test_a_command_runs_where_the_caller_is_and_tests_run_in_the_checkout(
     scripts = fake_environment(checkout)
     program(scripts, "pytest", "pwd")
     assert run(checkout, "pwd", home=home, path=SYSTEM_PATH).stdout.strip() == str(home)
-    assert run(checkout, "test", home=home, path=SYSTEM_PATH).stdout.strip() == str(checkout)
+    tested = run(checkout, "test", home=home, path=SYSTEM_PATH)
+    assert tested.stdout.split() == [str(checkout)] * 2
+
+
+@pytest.mark.parametrize("failing", ["and not timed", "and timed"])
+def test_a_failure_in_either_half_of_the_tests_is_the_exit_code(
+    checkout: Path, home: Path, failing: str
+) -> None:
+    scripts = fake_environment(checkout)
+    program(scripts, "pytest", f'case "$*" in *"{failing}"*) exit 3 ;; esac')
+    assert run(checkout, "test", home=home, path=SYSTEM_PATH).returncode == 3
 
 
 def test_the_exit_code_is_the_commands(checkout: Path, home: Path) -> None:

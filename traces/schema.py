@@ -1,6 +1,6 @@
 """The only definition of a tape's columns: name, type, unit, meaning, and who may hold them.
 
-FORMAT.md is generated from this file (`tokentape metrics --format-md`). Adding a nullable column is
+FORMAT.md is generated from this file (`python -m tokentape.traces.format_doc`). Adding a nullable column is
 a minor version, changing the meaning of one is a major version; readers refuse a higher major.
 This module must never import anything of tokentape.
 """
