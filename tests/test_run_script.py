@@ -143,8 +143,8 @@ def test_a_bench_that_is_not_there_is_a_usage_error(checkout: Path, home: Path) 
     [
         (
             ["test"],
-            "pytest: -n auto --dist loadfile -m (not slow) and not timed\n"
-            "pytest: -m (not slow) and timed",
+            """pytest: -n auto --dist loadfile -m (not slow) and not timed
+pytest: -m (not slow) and timed""",
         ),
         (["test", "--slow", "-x"], "pytest: -m slow or not slow -x"),
         (["test", "tests/test_docs.py"], "pytest: -m not slow tests/test_docs.py"),
