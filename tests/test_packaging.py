@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = {".git", ".venv", "build", "dist", "__pycache__"}
-SHIPPED = {".py", ".sql", ".typed"}
+SHIPPED = {".py", ".sql", ".typed", ".json", ".parquet"}
 LINKS = {"proxy", "replay", "analysis", "traces"}
 
 

@@ -192,17 +192,19 @@ class TapeWriter:
         final = folder / f"{self.incarnation}-{self.segments_sealed:05d}.parquet"
         temporary = final.with_name(f".{final.name}.tmp")
         footer = {f"tokentape.{k}": _text(v) for k, v in (self._footer() | counts).items()}
+        # Meanings are in FORMAT.md: in every footer they would be half of a small segment.
+        bare = pa.schema([field.remove_metadata() for field in table.schema], footer)
         try:
             with pq.ParquetWriter(
                 temporary,
-                table.schema.with_metadata(footer),
+                bare,
                 compression="zstd",
                 compression_level=ZSTD_LEVEL,
                 use_dictionary=dictionary,
                 column_encoding=encoding,
                 write_page_checksum=True,
             ) as writer:
-                writer.write_table(table.replace_schema_metadata(footer), ROW_GROUP_ROWS)
+                writer.write_table(table.cast(bare), ROW_GROUP_ROWS)
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.rename(final)

@@ -174,6 +174,10 @@ def demo(
             metavar="DIR", help="Where everything is left; else a new demo-1, demo-2, ..."
         ),
     ] = None,
+    sample: Annotated[
+        bool,
+        typer.Option("--sample", help="Run nothing: report on tapes of a real vLLM."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Record, replay at twice the speed, compare: all simulated.
@@ -181,7 +185,13 @@ def demo(
     Takes less than a minute, needs no GPU and no network. Each step prints its command.
     """
     from tokentape.jobs.demo import demo as run
+    from tokentape.jobs.demo import sample_tapes
 
+    if sample:
+        tapes = sample_tapes()
+        print_report(tapes, json=json)
+        say(f"the tapes: {tapes[0]} {tapes[1]}")
+        return
     done = run(folder or _new_folder(), say)
     print_report([done.capture, done.run], json=json)
     say(f"everything is in {done.folder}")

@@ -30,6 +30,15 @@ PROFILES = {
 }
 
 
+SAMPLE = ("capture.tape", "run.tape")
+
+
+def sample_tapes() -> list[Path]:
+    """The tapes that come with tokentape: vLLM on one H100, captured, and replayed at 1x."""
+    folder = Path(__file__).resolve().parents[1] / "sample"
+    return [folder / name for name in SAMPLE]
+
+
 @dataclass(frozen=True)
 class Demo:
     """What the demo left behind."""
