@@ -107,11 +107,11 @@ def build(upstream: str, bound: socket.socket, capture: Capture) -> master.Maste
 
 def _confdir() -> Path:
     """Where mitmproxy keeps its certificate authority; made once, since keys are slow to make."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "tokentape" / "mitmproxy"
     try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "tokentape" / "mitmproxy"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # no home, or none that may be written
         return Path(tempfile.mkdtemp(prefix="tokentape-"))
     return folder
 
