@@ -32,7 +32,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    with gzip.open(out, "wt") as lines:
+    with gzip.open(out, "at") as lines:  # a phase that goes on adds to what was kept
         while going:
             lines.write(json.dumps(scrape(url)) + "\n")
             time.sleep(1)
