@@ -6,7 +6,7 @@ on the candidate.
 """
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -111,7 +111,11 @@ class Plan:
         stream = bool(source.stream[index])
         request_id = source.request_ids[index]
         units = form.length.units(input_tokens)
-        draws = self._prompts.draws(request_id, units, source.blocks(index))
+        blocks = source.blocks(index)
+        if form.length.per_unit != 1:  # a block is as long as it was in tokens, not in units
+            of_units = max(1, round(blocks.block_tokens / form.length.per_unit))
+            blocks = replace(blocks, block_tokens=of_units)
+        draws = self._prompts.draws(request_id, units, blocks)
         row = source.columns(index) | form.columns(output_tokens, stream=stream)
         row |= {
             "endpoint": self.target.address.path(form.endpoint),
@@ -189,12 +193,12 @@ class Plan:
         """What is known of the candidate, without credentials."""
         forms = self.target.forms.items()
         return {
+            **self.options.facts,  # what was asked of the candidate outranks what was said of it
             "url": self.target.address.base,
             "model": self.target.model,
             "prompts": {name: form.rung for name, form in forms},
             "output_pinning": {name: str(form.pinning) for name, form in forms},
             "asked": self.probed,
-            **self.options.facts,
         }
 
     def warnings(self) -> list[str]:

@@ -81,6 +81,8 @@ def scale_ns(gap_ns: Ints, speed: Fraction) -> Ints:
     up, down = speed.denominator, speed.numerator
     if down <= 0 or up * down >= 1 << 62:
         raise ValueError(f"speed {speed} cannot be used: give a positive number such as 2 or 1.5")
+    if len(gap_ns) and int(np.max(gap_ns)) * up // down >= 1 << 62:
+        raise ValueError(f"speed {speed} cannot be used: the replay would last over a century")
     whole, rest = np.divmod(gap_ns, np.int64(down))
     return np.asarray(whole * np.int64(up) + rest * np.int64(up) // np.int64(down), dtype=np.int64)
 

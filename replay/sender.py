@@ -195,7 +195,7 @@ class Sender:
     async def _prepare_start(self) -> int:
         """Build bodies and open connections while nothing is due yet; the connections opened."""
         precise_wakeups()
-        while not self._ahead.full:
+        while not (self._ahead.full or self._stopped):
             self._ahead.build()
             if len(self._ahead) % 64 == 0:
                 await asyncio.sleep(0)  # a signal may want to stop us
@@ -216,6 +216,16 @@ class Sender:
         """Send everything that is due, a few per turn of the loop so that replies are read."""
         if self._stopped:
             return
+        try:
+            self._send_due()
+        except Exception as defect:  # noqa: BLE001 - told by run(), which would else wait for ever
+            self._fail(defect)
+
+    def _fail(self, defect: BaseException) -> None:
+        self._defect = self._defect or defect
+        self.stop()
+
+    def _send_due(self) -> None:
         due, count = self._due_ns, len(self._due_ns)
         for _ in range(POSTS_PER_TURN):
             if self._next == count or self._t0_ns + due[self._next] > monotonic_ns():
@@ -233,10 +243,9 @@ class Sender:
         task = asyncio.Task(
             self._follow(exchange, outgoing, due_ns), loop=self._loop, eager_start=True
         )
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
         self._open(exchange, outgoing, due_ns)  # after the write: the row must not delay the send
-        if not task.done():
-            self._tasks.add(task)
-            task.add_done_callback(self._done)
 
     async def _follow(self, exchange: Exchange, outgoing: Outgoing, due_ns: int) -> None:
         try:
@@ -249,8 +258,7 @@ class Sender:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (defect := task.exception()) is not None:
-            self._defect = self._defect or defect
-            self.stop()
+            self._fail(defect)
         if not self._tasks and self._posted.is_set():
             self._ended.set()
 

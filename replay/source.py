@@ -136,7 +136,8 @@ def _reasons(table: pa.Table, *, include_failed: bool) -> tuple[NDArray[np.int8]
     outcome = pc.fill_null(table["outcome"], "")
     status = _ints(table["http_status"])
     tokens = _ints(pc.coalesce(table["output_tokens"], table["planned_output_tokens"]), -1)
-    failed = _flags(pc.equal(outcome, "http_error")) & (tokens <= 0)
+    delivered = _ints(table["output_tokens"], -1)  # what was planned says nothing of a refusal
+    failed = _flags(pc.equal(outcome, "http_error")) & (delivered <= 0)
     rules: list[tuple[str, NDArray[np.bool_]]] = [
         (f"operation {name}", _flags(pc.equal(operation, name)))
         for name in sorted(set(pc.unique(operation).to_pylist()) - set(GENERATING))

@@ -8,6 +8,7 @@ a tape.
 import base64
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -51,12 +52,11 @@ class Headers:
     @classmethod
     def gather(cls, given: Mapping[str, str], key_env: str | None, userinfo: str = "") -> "Headers":
         """Headers from --header, --key-env and the URL; UsageError for one that cannot be sent."""
-        values = dict(given)
-        for name, value in values.items():
-            if not name.isascii() or not name or any(c in name for c in " :\r\n\t"):
-                raise UsageError(f"--header: {name!r} is no header name")
-            if any(c in value for c in "\r\n\0"):
-                raise UsageError(f"--header {name}: the value holds a line break")
+        values: dict[str, str] = {}
+        for name, value in given.items():
+            if not HEADER_NAME.fullmatch(name):  # not shown: it may hold the value, as curl's form
+                raise UsageError("--header: give NAME=VALUE; a name has no spaces and no colon")
+            values[_usual(name)] = value
         if userinfo:
             values["Authorization"] = "Basic " + base64.b64encode(userinfo.encode()).decode()
         if key_env is not None:
@@ -64,7 +64,19 @@ class Headers:
             if not key:
                 raise UsageError(f"--key-env: the variable {key_env} is not set or empty")
             values["Authorization"] = f"Bearer {key}"
+        for name, value in values.items():
+            if any((ord(c) < 32 and c != "\t") or ord(c) == 127 for c in value):
+                given_by = f"--key-env {key_env}" if name == "Authorization" and key_env else name
+                raise UsageError(f"{given_by}: the value holds a line break or control character")
         return cls(values)
+
+
+def _usual(name: str) -> str:
+    """One spelling for each header, so that the last one given replaces the others."""
+    return "-".join(part.capitalize() for part in name.split("-"))
+
+
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 
 
 @dataclass(frozen=True)
@@ -93,8 +105,10 @@ class Address:
         try:
             url = urlsplit(to)
             port = url.port
-        except ValueError as error:
-            raise UsageError(f"--to: {error}; give a URL such as http://127.0.0.1:8000") from None
+        except ValueError:  # its text may repeat a password
+            raise UsageError(
+                "--to: host or port cannot be read; give a URL such as http://127.0.0.1:8000"
+            ) from None
         if url.scheme not in ("http", "https"):
             scheme = f"unknown URL scheme {url.scheme}://" if "://" in to else "not a URL"
             raise UsageError(f"--to: {scheme}; give http://HOST:PORT or https://HOST")

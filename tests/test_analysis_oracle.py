@@ -104,7 +104,7 @@ def of_request(row: Row) -> Iterator[tuple[str, float]]:
     ):
         if end is not None and base is not None:
             yield metric, end - base
-    if row.get("choice") is None and row["output_tokens"] >= 2 and row["off_us"]:
+    if row.get("choice") is None and row["output_tokens"] >= 2 and len(row["off_us"]) >= 2:
         span = row["last_content_ns"] - row["first_content_ns"]
         yield "tpot", span / (row["output_tokens"] - 1)
 
@@ -112,7 +112,7 @@ def of_request(row: Row) -> Iterator[tuple[str, float]]:
 def of_choices(row: Row) -> Iterator[tuple[str, float]]:
     for stream in streams_of(row):
         tokens = sum(k or 0 for _, k in stream)
-        if row.get("choice") is not None and tokens >= 2:
+        if row.get("choice") is not None and tokens >= 2 and len(stream) >= 2:
             yield "tpot", (stream[-1][0] - stream[0][0]) * 1000 / (tokens - 1)
         yield from (("icl", (off - before) * 1000) for (before, _), (off, _) in pairwise(stream))
         carrying = [(off, k) for off, k in stream if k]

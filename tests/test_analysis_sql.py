@@ -54,6 +54,7 @@ def unsent(arrival_ms: int, **columns: Any) -> Row:
 TAPES: dict[str, list[Row]] = {
     "empty": [],
     "one_token": [stream([9000], [1])],
+    "one_event": [stream([9000], [4])],
     "multi": [stream([10_000, 14_000, 20_000], [3, 1, 2])],
     "zero_token_events": [stream([10_000, 12_000, 15_000, 21_000], [1, 0, 2, 1])],
     "two_choices": [
@@ -206,6 +207,10 @@ def test_whole_replies_have_no_first_token_but_an_end(session: Session, long: li
 
 def test_tpot_divides_by_the_tokens_after_the_first(session: Session) -> None:
     assert ask(session, "SELECT tpot_ns FROM tpot WHERE run = 'multi'") == [(2 * MS,)]
+
+
+def test_tpot_of_tokens_that_came_in_one_event_is_null(session: Session) -> None:
+    assert ask(session, "SELECT tpot_ns FROM tpot WHERE run = 'one_event'") == [(None,)]
 
 
 def test_tpot_of_one_token_and_of_unknown_tokens_is_null_not_zero(

@@ -219,6 +219,14 @@ def test_a_glob_names_several_tapes(here: Here) -> None:
     assert [t["tape"] for t in told] == ["good.tape", "wrong.tape"]
 
 
+def test_json_holds_numbers_as_numbers_and_never_nan(here: Here) -> None:
+    query = "select sum(output_tokens) a, 'nan'::double b, 0.5 c from requests"
+    done = here("sql", "good.tape", query, "--format", "json")
+    (row,) = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert isinstance(row["a"], int)
+    assert (row["b"], row["c"]) == (None, 0.5)
+
+
 def test_check_exits_1_on_errors_and_0_without(here: Here) -> None:
     good = here("check", "good.tape")
     assert (good.returncode, good.stdout) == (0, "0 errors, 0 warnings\n")

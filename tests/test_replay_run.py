@@ -153,6 +153,7 @@ def test_every_kind_of_failure_is_a_row_with_its_outcome(tmp_path: Path) -> None
     summary, tape, _ = replay(tmp_path, rows, script, timeout_ns=1000 * MS)
     outcomes = tape.read(["outcome"])["outcome"].to_pylist()
     assert outcomes == ["ok", "http_error", "stream_error", "upstream_abort", "timeout"]
+    assert summary.outcomes == dict.fromkeys(outcomes, 1)
     assert summary.verdict.level == "invalid"
     assert "80.0 % of the requests failed" in " ".join(summary.verdict.reasons)
 

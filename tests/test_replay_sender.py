@@ -59,6 +59,7 @@ def send(
     due_ns: Sequence[int],
     *,
     during: Callable[[Sender, Server], None] | None = None,
+    broken_at: int | None = None,
     **options: Any,
 ) -> tuple[Sent, Rows, Server]:
     """Send one small request at each due time; `during` is called once all are under way."""
@@ -67,6 +68,8 @@ def send(
         url = URL(server.url + "/v1/completions")
 
         def prepare(number: int) -> Outgoing:
+            if number == broken_at:
+                raise ZeroDivisionError
             return Outgoing(url, {}, b'{"n":%d,"max_tokens":2}' % number, {"turn_index": number})
 
         async def main() -> Sent:
@@ -231,6 +234,11 @@ def test_a_defect_in_a_task_ends_the_run_instead_of_hiding(monkeypatch: pytest.M
     monkeypatch.setattr(sender, "LATE_NS", 0)
     with pytest.raises(ZeroDivisionError):
         send(answer, [0, 3_600_000 * MS])
+
+
+def test_a_defect_in_building_a_body_ends_the_run_instead_of_hanging_it() -> None:
+    with pytest.raises(ZeroDivisionError):
+        send(answer, [0, 5 * MS, 10 * MS, 15 * MS], broken_at=2, ahead_bytes=1)
 
 
 def test_a_signal_handler_may_stop_a_run() -> None:

@@ -54,6 +54,12 @@ def test_what_never_reached_an_engine_is_left_out_with_its_reason(tmp_path: Path
     assert left_out(path, include_failed=True) == {"operation embeddings": [7]}
 
 
+def test_a_refusal_in_a_run_is_no_request_for_what_had_been_planned(tmp_path: Path) -> None:
+    refused = {"outcome": "http_error", "http_status": 429, "output_tokens": None}
+    path = tape(tmp_path / "t", [refused | {"planned_output_tokens": 50}, {}])
+    assert left_out(path) == {"never reached an engine (http_error 429)": [0]}
+
+
 def test_aborted_requests_keep_what_they_had_and_failed_ones_get_their_limit(
     tmp_path: Path,
 ) -> None:

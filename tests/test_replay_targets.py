@@ -36,7 +36,7 @@ def test_an_address_is_read_as_people_write_it(to: str, base: str) -> None:
         ("localhost:8000", "not a URL"),
         ("http://", "give a host"),
         ("http://h/v1?key=x", "give a host"),
-        ("http://h:99999", "Port out of range"),
+        ("http://h:99999", "host or port cannot be read"),
     ],
 )
 def test_an_address_that_cannot_be_right_is_refused_in_one_line(to: str, said: str) -> None:
@@ -115,11 +115,29 @@ def test_header_values_and_keys_are_sent_and_shown_nowhere(
     assert basic == "Basic dXNlcjpwYXNzIHdvcmQ="
 
 
+def test_no_refusal_repeats_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "canary\ncanary")
+    for refused in (
+        lambda: Headers.gather({"Authorization: Bearer canary": "="}, None),
+        lambda: Headers.gather({}, "KEY"),
+        lambda: Address.parse("http://user:can/canary@host"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            refused()
+        assert "canary" not in str(caught.value)
+
+
+def test_a_header_given_twice_in_other_letters_is_sent_once() -> None:
+    sent = Headers.gather({"content-type": "text/x", "CONTENT-TYPE": "text/y"}, None).for_sending()
+    assert [v for n, v in sent.items() if n.lower() == "content-type"] == ["text/y"]
+
+
 @pytest.mark.parametrize(
     ("headers", "key_env", "said"),
     [
-        ({"a b": "x"}, None, "no header name"),
-        ({"": "x"}, None, "no header name"),
+        ({"a b": "x"}, None, "give NAME=VALUE"),
+        ({"": "x"}, None, "give NAME=VALUE"),
+        ({"X": "a\x01b"}, None, "control character"),
         ({"X": "a\r\nEvil: 1"}, None, "line break"),
         ({}, "NOT_SET_ANYWHERE", "NOT_SET_ANYWHERE is not set"),
     ],

@@ -317,7 +317,7 @@ def _merge_reply(row: dict[str, Any], reply: Reply, *, streamed: bool) -> None:
     """
     row.update({name: value for name, value in reply.columns.items() if value is not None})
     if row["outcome"] == "ok":
-        if (row.get("http_status") or 0) >= 400:
+        if not 200 <= (row.get("http_status") or 200) < 300 and row["http_status"] != 101:
             row["outcome"] = "http_error"
         elif reply.stream_error:
             row["outcome"] = "stream_error"

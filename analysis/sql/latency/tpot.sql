@@ -10,7 +10,8 @@
 -- Unit: ns
 -- Weight: request
 -- View: tpot.tpot_ns
--- Undefined when: fewer than two tokens, unknown token count, or not streamed (never 0)
+-- Undefined when: fewer than two tokens or two events, unknown token count, or not streamed: all
+--   tokens in one event have no time between them (never 0)
 -- Differs from: vLLM bench and SGLang ((latency - ttft) / (n - 1), where one token counts as 0 and
 --   meets every SLO; SGLang's latency runs to [DONE]); AIPerf (calls it inter-token latency);
 --   GuideLLM ((last - start) / n, so TTFT is inside); genai-bench (to the end of the loop)
@@ -33,7 +34,7 @@ SELECT
   outcome,
   output_tokens,
   CASE
-    WHEN output_tokens >= 2 AND coalesce(n_choices, 1) = 1
+    WHEN output_tokens >= 2 AND coalesce(n_choices, 1) = 1 AND len(off_us) >= 2
     THEN (last_content_ns - first_content_ns) / (output_tokens - 1)
   END::DOUBLE AS tpot_ns,
   _weight(sample_prob) AS weight
@@ -48,7 +49,7 @@ SELECT
   any_value(outcome),
   sum(ntok)::INTEGER,
   CASE
-    WHEN sum(ntok) >= 2 THEN (max(off_us) - min(off_us)) * 1000 / (sum(ntok) - 1)
+    WHEN sum(ntok) >= 2 AND count(*) >= 2 THEN (max(off_us) - min(off_us)) * 1000 / (sum(ntok) - 1)
   END::DOUBLE,
   any_value(weight)
 FROM _events_of_many_choices

@@ -42,7 +42,7 @@ SELECT
   outcome,
   coalesce(requests, 0) AS requests,
   coalesce(estimated_requests, 0) AS estimated_requests,
-  estimated_requests / sum(estimated_requests) OVER (PARTITION BY run) AS share
+  coalesce(estimated_requests, 0) / nullif(sum(estimated_requests) OVER (PARTITION BY run), 0) AS share
 FROM _names
 FULL JOIN _counts USING (run, outcome);
 

@@ -7,19 +7,36 @@ null in JSON. Nothing but results goes to stdout.
 import csv
 import datetime as dt
 import json
+import math
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
-NUMBER = int | float
+NUMBER = int | float | Decimal
 
 
 def print_json(value: object) -> None:
     """One JSON document, indented for people."""
-    json.dump(value, sys.stdout, indent=2, default=plain, ensure_ascii=False)
+    write_json(value, sys.stdout)
     sys.stdout.write("\n")
+
+
+def write_json(value: object, out: IO[str]) -> None:
+    """As print_json, anywhere; what is no number in JSON (NaN, infinity) is null."""
+    json.dump(_finite(value), out, indent=2, default=plain, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -51,6 +68,8 @@ def plain(value: object) -> Any:
     """What JSON has no type for, as text; sizes and ids stay exact."""
     if isinstance(value, bytes):
         return value.hex()
+    if isinstance(value, Decimal):  # sums of integers, and what SQL writes with a point
+        return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, uuid.UUID | Path):
         return str(value)
     if isinstance(value, dt.date | dt.time):

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tokentape.cli.output import plain, print_json, print_lines, table_lines, write_csv
+from tokentape.cli.output import print_json, print_lines, table_lines, write_csv, write_json
 from tokentape.cli.record import Json
 from tokentape.traces.errors import TapeError, UsageError
 
@@ -185,11 +185,9 @@ def _write(table: "pa.Table", form: str, binary: IO[bytes]) -> None:
     if form == "csv":
         write_csv(names, rows, text)
     elif form == "json":
-        import json
-
-        json.dump(
-            [dict(zip(names, row, strict=True)) for row in rows], text, indent=2, default=plain
-        )
+        if len(set(names)) < len(names):
+            raise UsageError("sql: two columns have one name, which JSON cannot hold; use AS")
+        write_json([dict(zip(names, row, strict=True)) for row in rows], text)
         text.write("\n")
     else:
         text.writelines(f"{line}\n" for line in table_lines(names, rows))
