@@ -4,7 +4,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A busy machine is no defect: no example has to end within a time.
+hypothesis.settings.register_profile("tokentape", deadline=None)
+hypothesis.settings.load_profile("tokentape")
 
 
 @pytest.fixture
