@@ -219,6 +219,13 @@ def test_a_glob_names_several_tapes(here: Here) -> None:
     assert [t["tape"] for t in told] == ["good.tape", "wrong.tape"]
 
 
+def test_a_timeout_of_nothing_is_refused(here: Here) -> None:
+    command = ("replay", "good.tape", "--to", "http://h", "--tape", "x.tape", "--timeout", "0s")
+    done = here(*command)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "--timeout 0s: need a duration above zero" in done.stderr
+
+
 def test_json_holds_numbers_as_numbers_and_never_nan(here: Here) -> None:
     query = "select sum(output_tokens) a, 'nan'::double b, 0.5 c from requests"
     done = here("sql", "good.tape", query, "--format", "json")

@@ -300,29 +300,31 @@ def test_heads_of_any_size_are_cut_and_never_overrun_a_block(tmp_path: Path) -> 
 
 def test_blocks_on_their_way_survive_the_death_of_the_hot_process(tmp_path: Path) -> None:
     code = """
-import os, signal, sys, time
+import os, select, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_traces_recording import begin, finish, start
 recorder = start(Path(sys.argv[1]))
+print(recorder._process.pid, flush=True)
 now = time.monotonic_ns()
 for n in range(60):
     if n == 20:
-        recorder.flush()
-        while len(recorder._sender._free) + 1 < 32 and time.monotonic_ns() < now + 10**10:
-            time.sleep(0.01)  # until a slot came back unread
+        recorder._hand_over()
+        select.select([recorder._channel.sock], [], [])  # a note for us, which we leave unread
         os.kill(recorder._process.pid, signal.SIGSTOP)
     finish(recorder, begin(recorder, now + n), now + n)
     if n == 40:
         recorder._hand_over()
 recorder._hand_over()
-os.kill(recorder._process.pid, signal.SIGCONT)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     tape = tmp_path / "a.tape"
-    here = str(Path(__file__).parent)
-    dead = subprocess.run([sys.executable, "-c", code, str(tape), here], check=False)
-    assert dead.returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", code, str(tape), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as hot:
+        assert hot.stdout is not None
+        writer_pid = int(hot.stdout.readline())
+        assert hot.wait(30) == -signal.SIGKILL
+    os.kill(writer_pid, signal.SIGCONT)
     wait_for_unlock(tape)
     assert open_tape(tape).rows == 60
 

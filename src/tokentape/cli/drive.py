@@ -60,7 +60,13 @@ def replay(
     include_failed: Annotated[
         bool, typer.Option("--include-failed", help="Also what never reached an engine.")
     ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the plan and send nothing.")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Print the plan and send none of it; the candidate is asked a few short things.",
+        ),
+    ] = False,
     fail_on: Annotated[
         Literal["suspect", "invalid"] | None,
         typer.Option(help="Exit 3 when the verdict is that or worse."),
@@ -91,7 +97,7 @@ def replay(
         endpoint=endpoint,
         max_requests=max_requests,
         max_tokens=max_tokens,
-        timeout_ns=units.duration_ns("--timeout", timeout),
+        timeout_ns=_some_time("--timeout", timeout),
         include_failed=include_failed,
         force=force,
         facts=units.pairs("--fact", fact or []),
@@ -105,6 +111,14 @@ def replay(
             print_lines([made.text()])
         return
     _run(made, fail_on, json=json)
+
+
+def _some_time(option: str, text: str) -> int:
+    """A duration above zero in ns."""
+    duration_ns = units.duration_ns(option, text)
+    if duration_ns <= 0:
+        raise UsageError(f"{option} {text}: need a duration above zero, such as 600s")
+    return duration_ns
 
 
 def _run(plan: "Plan", fail_on: str | None, *, json: bool) -> None:
