@@ -8,33 +8,15 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from urllib.parse import urlsplit
+from dataclasses import dataclass
 
 from tokentape.proxy import master
 from tokentape.proxy.addon import Capture
+from tokentape.proxy.options import CaptureOptions, checked_listen, checked_upstream
 from tokentape.traces.errors import UsageError
 from tokentape.traces.facts import refuse_foreign
 from tokentape.traces.privacy import KEY_BYTES, Privacy, load_key
 from tokentape.traces.recording import Recorder
-from tokentape.traces.schema import Mode
-
-
-@dataclass(frozen=True)
-class CaptureOptions:
-    """What the command line asks for; `listen` is HOST:PORT, port 0 for any."""
-
-    upstream: str
-    tape: Path
-    listen: str = "127.0.0.1:8080"
-    content: Mode = "structure"
-    key_file: Path | None = None
-    facts: dict[str, str] = field(default_factory=dict)
-    command: list[str] = field(default_factory=list)
-    force: bool = False
-    drain_s: float = 30.0
-    worker: str = "w0"
 
 
 @dataclass(frozen=True)
@@ -115,32 +97,5 @@ async def _run(
         loop.add_signal_handler(number, stop.set)
     recorder.flush_every(loop)
     addon = Capture(recorder, options.worker)
-    errors = await master.serve(upstream, bound, addon, stop, options.drain_s, on_ready)
+    errors = await master.serve(options, upstream, bound, addon, stop, on_ready)
     return errors + addon.errors
-
-
-def checked_upstream(url: str) -> str:
-    """`scheme://host:port` of an upstream; UsageError says what is wrong with anything else."""
-    parts = urlsplit(url)
-    if parts.username is not None or parts.password is not None:  # not to be repeated
-        raise UsageError("--upstream: leave user and password out; clients send their own keys")
-    if parts.scheme not in ("http", "https"):
-        raise UsageError(f"--upstream {url}: need http://HOST:PORT or https://HOST:PORT")
-    try:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-    except ValueError:
-        raise UsageError(f"--upstream {url}: the port is no number below 65536") from None
-    if not parts.hostname:
-        raise UsageError(f"--upstream {url}: no host; need http://HOST:PORT")
-    if parts.path.strip("/") or parts.query:
-        raise UsageError(f"--upstream {url}: give scheme, host and port only; clients keep paths")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}:{port}"
-
-
-def checked_listen(listen: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT; UsageError otherwise."""
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"--listen {listen}: need HOST:PORT, such as 127.0.0.1:8080")
-    return host.strip("[]"), int(port)

@@ -20,6 +20,7 @@ from mitmproxy.proxy import layers, mode_servers, mode_specs
 
 from tokentape.proxy import traps
 from tokentape.proxy.addon import Capture
+from tokentape.proxy.options import CaptureOptions
 from tokentape.traces.errors import TokentapeError
 from tokentape.traces.recording import say
 
@@ -78,7 +79,9 @@ class ErrorCounter(logging.Handler):
             say(f"proxy: {record.getMessage()}")
 
 
-def build(upstream: str, bound: socket.socket, capture: Capture) -> master.Master:
+def build(
+    wanted: CaptureOptions, upstream: str, bound: socket.socket, capture: Capture
+) -> master.Master:
     """A Master with exactly the add-ons that a streaming reverse proxy needs."""
     TapeInstance.bound = bound
     host, port = bound.getsockname()[:2]
@@ -117,11 +120,11 @@ def _confdir() -> Path:
 
 
 async def serve(
+    wanted: CaptureOptions,
     upstream: str,
     bound: socket.socket,
     capture: Capture,
     stop: asyncio.Event,
-    drain_s: float,
     on_ready: Callable[[], None],
 ) -> int:
     """Proxy until `stop`, then drain; returns the number of errors that mitmproxy logged."""
@@ -144,7 +147,7 @@ async def serve(
     on_ready()
     await asyncio.wait([running, asyncio.ensure_future(stop.wait())], return_when="FIRST_COMPLETED")
     if not running.done():
-        await drain(proxy, capture, stop, drain_s)
+        await drain(proxy, capture, stop, wanted.drain_s)
         m.shutdown()
     await running
     logging.getLogger().removeHandler(errors)

@@ -17,7 +17,7 @@ from conftest import fill
 from proxied import Stage, capturing, chunk, post, receive, scripted, staged, talk
 from tokentape.proxy import master
 from tokentape.proxy.addon import Capture, Exchange
-from tokentape.proxy.capture import checked_listen, checked_upstream
+from tokentape.proxy.options import checked_listen, checked_upstream
 from tokentape.traces.check import check
 from tokentape.traces.errors import UsageError
 from tokentape.traces.reader import open_tape

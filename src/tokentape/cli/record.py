@@ -53,8 +53,8 @@ def capture(
     """
     units.address("--listen", listen)  # before a second goes by with imports
     facts = units.pairs("--fact", fact or [])
-    from tokentape.proxy.capture import CaptureOptions
     from tokentape.proxy.capture import capture as run
+    from tokentape.proxy.options import CaptureOptions
 
     options = CaptureOptions(
         upstream=upstream,

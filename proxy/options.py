@@ -1,0 +1,57 @@
+"""What a capture is asked for, checked before anything is started."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tokentape.traces.errors import UsageError
+from tokentape.traces.schema import Mode
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What the command line asks for; `listen` is HOST:PORT, port 0 for any."""
+
+    upstream: str
+    tape: Path
+    listen: str = "127.0.0.1:8080"
+    content: Mode = "structure"
+    key_file: Path | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+    force: bool = False
+    drain_s: float = 30.0
+    worker: str = "w0"
+    workers: int = 1  # processes that share the port
+    fsync: bool = False  # the journal survives a power cut, not only a kill
+    http2: bool = False  # on the listening side, where TLS offers it
+    certificate: Path | None = None  # PEM with key and chain: the listening side speaks TLS
+    upstream_ca: Path | None = None  # PEM of who signed the upstream's certificate
+    metrics: str | None = None  # HOST:PORT of /metrics and /healthz
+
+
+def checked_upstream(url: str) -> str:
+    """`scheme://host:port` of an upstream; UsageError says what is wrong with anything else."""
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:  # not to be repeated
+        raise UsageError("--upstream: leave user and password out; clients send their own keys")
+    if parts.scheme not in ("http", "https"):
+        raise UsageError(f"--upstream {url}: need http://HOST:PORT or https://HOST:PORT")
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except ValueError:
+        raise UsageError(f"--upstream {url}: the port is no number below 65536") from None
+    if not parts.hostname:
+        raise UsageError(f"--upstream {url}: no host; need http://HOST:PORT")
+    if parts.path.strip("/") or parts.query:
+        raise UsageError(f"--upstream {url}: give scheme, host and port only; clients keep paths")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}:{port}"
+
+
+def checked_listen(listen: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT; UsageError otherwise."""
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"--listen {listen}: need HOST:PORT, such as 127.0.0.1:8080")
+    return host.strip("[]"), int(port)
