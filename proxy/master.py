@@ -133,7 +133,7 @@ async def serve(
     logging.getLogger().setLevel(logging.WARNING)
     for name in traps.apply(capture.note):
         say(f"this mitmproxy does not allow the remedy {name!r}")
-    m = build(upstream, bound, capture)
+    m = build(wanted, upstream, bound, capture)
     running = asyncio.ensure_future(m.run())
     proxy = m.addons.get("proxyserver")
     while not running.done() and not any(s.is_running for s in proxy.servers):  # noqa: ASYNC110
