@@ -15,9 +15,13 @@ SLOT_BYTES = 1 << 20
 SLOTS = 32  # 32 MiB between the hot process and a writer that stalls
 MAX_PAYLOAD_BYTES = 256 << 10  # longer data is split, so that a record always fits a slot
 
-# One record: kind, stream, CLOCK_MONOTONIC ns, payload length; then the payload.
-RECORD = struct.Struct("<BIqI")
+# One record: kind, stream, CLOCK_MONOTONIC ns, how late the process read it in us, payload length;
+# then the payload. REPLY_CHUNKED is REPLY_DATA with its chunk framing; UNKEPT_* carry a length only.
+RECORD = struct.Struct("<BIqII")
 OPEN, REQUEST_BODY, MARK, REPLY_HEAD, REPLY_DATA, CLOSE, TELEMETRY, GAP = range(8)
+REPLY_CHUNKED, UNKEPT_REQUEST, UNKEPT_REPLY = range(8, 11)
+NO_STAMP = (1 << 32) - 1  # in place of the lateness: the stamp is the process's own
+LENGTH = struct.Struct("<Q")
 
 _FULL, _FREE, _NOTE = b"F"[0], b"R"[0], b"N"[0]
 _SLOT = struct.Struct("<BHI")
@@ -100,7 +104,7 @@ class BlockSender:
             if not message:
                 self.alive = False
             elif message[0] == _FREE:
-                self._free.append(_SLOT.unpack(message)[1])
+                self._free.appendleft(_SLOT.unpack(message)[1])  # the warm one goes first
             else:
                 notes.append(message[1:])
         return notes

@@ -166,12 +166,15 @@ class Recorder:
         return cls(tape, lock_fd, hello, on_trouble)
 
     # -- the hot path ---------------------------------------------------------------------------
+    # `lag_us` is how late this process read what the kernel had stamped with `t_ns`; NO_STAMP says
+    # that the stamp is the process's own. Data may be any buffer; it is copied here.
 
     def open(
         self,
         t_ns: int,
         row: dict[str, Any],
         head: tuple[bytes, bytes, list[tuple[bytes, bytes]]] | None = None,
+        lag_us: int = blocks.NO_STAMP,
     ) -> int:
         """Begin a request: ready columns, and the raw head (method, target, headers) to be read."""
         if self._waiting_bytes > 2 * MEMORY_BYTES:
@@ -181,28 +184,50 @@ class Recorder:
         if head is not None:
             method, target, headers = head
             head = (method[:32], target[:MAX_VALUE_BYTES], _read_later(headers))
-        self._put(blocks.OPEN, self._streams, t_ns, _encode([row, head]))
+        self._put(blocks.OPEN, self._streams, t_ns, lag_us, _encode([row, head]))
         return self._streams
 
-    def request_body(self, stream: int, t_ns: int, data: bytes) -> None:
+    def request_body(
+        self, stream: int, t_ns: int, data: bytes, lag_us: int = blocks.NO_STAMP
+    ) -> None:
         """A piece of the client's request body."""
-        self._data(blocks.REQUEST_BODY, stream, t_ns, data)
+        self._data(blocks.REQUEST_BODY, stream, t_ns, lag_us, data)
 
-    def mark(self, stream: int, column: str, t_ns: int) -> None:
+    def mark(self, stream: int, column: str, t_ns: int, lag_us: int = blocks.NO_STAMP) -> None:
         """Stamp an instant column of an open request."""
         if stream:
-            self._put(blocks.MARK, stream, t_ns, column.encode())
+            self._put(blocks.MARK, stream, t_ns, lag_us, column.encode())
 
     def reply_head(
-        self, stream: int, t_ns: int, status: int, headers: list[tuple[bytes, bytes]]
+        self,
+        stream: int,
+        t_ns: int,
+        status: int,
+        headers: list[tuple[bytes, bytes]],
+        lag_us: int = blocks.NO_STAMP,
     ) -> None:
         """The reply's status and headers."""
         if stream:
-            self._put(blocks.REPLY_HEAD, stream, t_ns, _encode([status, _read_later(headers)]))
+            payload = _encode([status, _read_later(headers)])
+            self._put(blocks.REPLY_HEAD, stream, t_ns, lag_us, payload)
 
-    def reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
+    def reply_data(
+        self, stream: int, t_ns: int, data: bytes, lag_us: int = blocks.NO_STAMP
+    ) -> None:
         """A piece of the reply's body without transfer framing; parts of a read share a stamp."""
-        self._data(blocks.REPLY_DATA, stream, t_ns, data)
+        self._data(blocks.REPLY_DATA, stream, t_ns, lag_us, data)
+
+    def reply_chunked(
+        self, stream: int, t_ns: int, data: bytes | memoryview, lag_us: int = blocks.NO_STAMP
+    ) -> None:
+        """A piece of the reply's body with its chunk framing."""
+        self._data(blocks.REPLY_CHUNKED, stream, t_ns, lag_us, data)
+
+    def unkept(self, stream: int, t_ns: int, size: int, *, reply: bool) -> None:
+        """Body bytes that passed and are counted only."""
+        if stream:
+            kind = blocks.UNKEPT_REPLY if reply else blocks.UNKEPT_REQUEST
+            self._put(kind, stream, t_ns, blocks.NO_STAMP, blocks.LENGTH.pack(size))
 
     def close(self, stream: int, t_ns: int, row: dict[str, Any]) -> None:
         """End a request: its outcome and last columns."""
@@ -211,29 +236,34 @@ class Recorder:
         dropped = self._dropped.pop(stream, 0)
         if dropped:
             row = row | {"events_dropped": dropped}
-        self._put(blocks.CLOSE, stream, t_ns, _encode(row))
+        self._put(blocks.CLOSE, stream, t_ns, blocks.NO_STAMP, _encode(row))
 
     def telemetry(
         self, t_ns: int, end_ns: int, source: str, samples: list[tuple[str, str, float]]
     ) -> None:
         """Samples (name, labels as JSON, value) of one source, taken between the two instants."""
-        self._put(blocks.TELEMETRY, 0, t_ns, _encode([end_ns, source, samples]))
+        self._put(blocks.TELEMETRY, 0, t_ns, blocks.NO_STAMP, _encode([end_ns, source, samples]))
 
-    def _data(self, kind: int, stream: int, t_ns: int, data: bytes) -> None:
+    def _data(
+        self, kind: int, stream: int, t_ns: int, lag_us: int, data: bytes | memoryview
+    ) -> None:
         if not stream:
             return
         if self._waiting_bytes > MEMORY_BYTES:
             if stream not in self._dropped:
                 self._dropped[stream] = 0
-                self._put(blocks.GAP, stream, t_ns, b"")
-            self._dropped[stream] += kind == blocks.REPLY_DATA
+                self._put(blocks.GAP, stream, t_ns, lag_us, b"")
+            self._dropped[stream] += kind != blocks.REQUEST_BODY
         elif len(data) <= blocks.MAX_PAYLOAD_BYTES:
-            self._put(kind, stream, t_ns, data)
+            self._put(kind, stream, t_ns, lag_us, data)
         else:
             for at in range(0, len(data), blocks.MAX_PAYLOAD_BYTES):
-                self._put(kind, stream, t_ns, data[at : at + blocks.MAX_PAYLOAD_BYTES])
+                piece = data[at : at + blocks.MAX_PAYLOAD_BYTES]
+                self._put(kind, stream, t_ns, lag_us, piece)
 
-    def _put(self, kind: int, stream: int, t_ns: int, payload: bytes) -> None:
+    def _put(
+        self, kind: int, stream: int, t_ns: int, lag_us: int, payload: bytes | memoryview
+    ) -> None:
         size = len(payload)
         if size > _LARGEST_PAYLOAD:
             self._lose("records_too_large")
@@ -244,7 +274,7 @@ class Recorder:
             self._next_block()
             at = self._at
             body = at + _RECORD_BYTES
-        _pack_into(self._block, at, kind, stream, t_ns, size)
+        _pack_into(self._block, at, kind, stream, t_ns, lag_us, size)
         self._at = body + size
         self._block[body : self._at] = payload
 
