@@ -72,12 +72,18 @@ class Capture:
         self._connections = 0
         self._clients: dict[str, ClientConnection] = {}
         self._notes: dict[str, list[str]] = {}
+        self._upstreams: dict[str, SocketStamps] = {}
         self.open_flows: dict[str, http.HTTPFlow] = {}
         self.errors = 0
 
     def note(self, connection_id: str, deviation: str) -> None:
         """A remedy of traps.py altered what passed on a connection."""
         self._notes.setdefault(connection_id, []).append(deviation)
+
+    def was_reset(self, connection_id: str) -> bool:
+        """Whether the peer of an upstream connection reset it."""
+        stamps = self._upstreams.get(connection_id)
+        return stamps is not None and stamps.sock is not None and stamps.sock.was_reset
 
     # -- connections ----------------------------------------------------------------------------
 
@@ -107,7 +113,8 @@ class Capture:
         """Watch the upstream socket."""
         client, handler = self._clients.get(data.client.id), _handler(data.client.id)
         if client is not None and handler is not None and data.server in handler.transports:
-            client.connected(data.server.id, handler.transports[data.server])
+            stamps = client.connected(data.server.id, handler.transports[data.server])
+            self._upstreams[data.server.id] = stamps
 
     def tls_established_server(self, data: TlsData) -> None:
         """The handshake's writes are not the request's."""
@@ -118,6 +125,7 @@ class Capture:
     def server_disconnected(self, data: ServerConnectionHookData) -> None:
         """Forget the upstream socket."""
         self._notes.pop(data.server.id, None)
+        self._upstreams.pop(data.server.id, None)
         if (client := self._clients.get(data.client.id)) is not None:
             client.upstreams.pop(data.server.id, None)
 
@@ -206,6 +214,8 @@ class Capture:
         elif not flow.client_conn.state & ConnectionState.CAN_READ:
             self._close(flow, "client_abort", {"origin": "upstream" if flow.response else None})
         elif flow.response is not None:
+            if self.was_reset(flow.server_conn.id) and exchange.client is not None:
+                exchange.client.socket.reset_at_close()
             columns = {"origin": "upstream", "error_type": "reply_cut"}
             self._close(flow, "upstream_abort", columns)
         else:

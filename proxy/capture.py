@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tokentape.proxy import master
 from tokentape.proxy.addon import Capture
 from tokentape.proxy.options import CaptureOptions, checked_listen, checked_upstream
+from tokentape.proxy.pulse import Pulse
 from tokentape.traces.errors import UsageError
 from tokentape.traces.facts import refuse_foreign
 from tokentape.traces.privacy import KEY_BYTES, Privacy, load_key
@@ -97,5 +98,9 @@ async def _run(
         loop.add_signal_handler(number, stop.set)
     recorder.flush_every(loop)
     addon = Capture(recorder, options.worker)
+    pulse = Pulse(addon, recorder, options.worker, lambda _: None)
+    pulse.start(loop)
     errors = await master.serve(options, upstream, bound, addon, stop, on_ready)
+    pulse.stop()
+    addon.relays.close()
     return errors + addon.errors

@@ -25,6 +25,7 @@ class _Now:
 
     reading: Any = None
     installed = False
+    was_reset: Callable[[str], bool] = staticmethod(lambda _connection: False)
 
 
 class RawChunkedReader:
@@ -56,8 +57,13 @@ def raw_scanner(response: http.Response | None) -> ChunkScanner | None:
     return getattr(response, _CHUNKS, None)
 
 
-def apply() -> list[str]:
-    """Install the patches; returns what this mitmproxy lacks for them, and then does nothing."""
+def apply(was_reset: Callable[[str], bool]) -> list[str]:
+    """Install the patches; returns what this mitmproxy lacks for them, and then does nothing.
+
+    `was_reset` tells of a connection id whether the peer reset it: a body that lasts until the end
+    of its connection is then not whole, which mitmproxy cannot see.
+    """
+    _Now.was_reset = staticmethod(was_reset)
     if _Now.installed:
         return []
     try:
@@ -151,12 +157,26 @@ def _read_raw(private: Any) -> None:
         if expected_size is None and isinstance(reading, private.Http1Client):
             request, response = reading.request, reading.response
             if not (request.is_http2 or request.is_http3):
-                reader = RawChunkedReader()
-                setattr(response, _CHUNKS, reader.scanner)
-                return reader
-        return make(expected_size)
+                raw = RawChunkedReader()
+                setattr(response, _CHUNKS, raw.scanner)
+                return raw
+        reader = make(expected_size)
+        if expected_size == -1 and isinstance(reading, private.Http1Client):
+            _refuse_reset(reader, reading.conn.id)
+        return reader
 
     private.make_body_reader = make_body_reader
+
+
+def _refuse_reset(reader: Any, connection_id: str) -> None:
+    read_eof = reader.read_eof
+
+    def read_whole_eof() -> Any:
+        if _Now.was_reset(connection_id):
+            raise h11.RemoteProtocolError("peer reset the connection")
+        return read_eof()
+
+    reader.read_eof = read_whole_eof
 
 
 def _watch_heads(connection_class: Any, receive_http: Any) -> None:

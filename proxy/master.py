@@ -137,7 +137,7 @@ async def serve(
     logging.getLogger().setLevel(logging.WARNING)
     for name in traps.apply(capture.note):
         say(f"this mitmproxy does not allow the remedy {name!r}")
-    for name in exact.apply() + missing_parts():
+    for name in exact.apply(capture.was_reset) + missing_parts():
         say(f"this mitmproxy lacks {name}: heads or chunks may be written anew, and more slowly")
     vars(mitmproxy_server)["asyncio"] = StampedAsyncio()
     m = build(wanted, upstream, bound, capture)

@@ -24,6 +24,7 @@ STEP_NS = 1_000_000  # the wall clock moved against the monotonic one by more th
 LATE_NS = 1_000_000_000  # an older stamp is believed only when the wall clock has not stepped
 ANCHOR_JITTER_NS = 20_000  # a stamp this little after its read is the anchor's own error
 _STAMP = struct.Struct("@ll")
+_LINGER_NOT = struct.pack("@ii", 1, 0)
 
 
 class KernelClock:
@@ -210,6 +211,12 @@ class SocketStamps:
 
         writer.write = stamped
 
+    def reset_at_close(self) -> None:
+        """End the connection as its other side ended: by a reset, not by an end of file."""
+        if self.sock is not None:
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+
     def reset(self) -> None:
         """The next write begins another request."""
         self.first_write_ns = self.last_write_ns = 0
@@ -234,10 +241,11 @@ class ClientConnection:
         self.upstreams: dict[str, SocketStamps] = {}
         self.connecting = 0  # upstream connections that were asked for and are not there yet
 
-    def connected(self, server_id: str, io: Any) -> None:
+    def connected(self, server_id: str, io: Any) -> SocketStamps:
         """Watch a new upstream socket."""
         self.connecting = max(0, self.connecting - 1)
-        self.upstreams[server_id] = SocketStamps(self.clock, io)
+        stamps = self.upstreams[server_id] = SocketStamps(self.clock, io)
+        return stamps
 
     def next_request(self) -> None:
         """What an early reply left unsent of the request before belongs to nobody."""

@@ -90,6 +90,7 @@ class Recorder:
         self._waiting_bytes = 0
         self._streams = 0
         self._dropped: dict[int, int] = {}
+        self._paused = self._shedding = False  # shedding: details of requests are dropped
         self.losses: dict[str, int] = {}
         self._summary: dict[str, Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -177,8 +178,8 @@ class Recorder:
         lag_us: int = blocks.NO_STAMP,
     ) -> int:
         """Begin a request: ready columns, and the raw head (method, target, headers) to be read."""
-        if self._waiting_bytes > 2 * MEMORY_BYTES:
-            self._lose("rows_dropped")
+        if self._paused or self._waiting_bytes > 2 * MEMORY_BYTES:
+            self._lose("rows_paused" if self._paused else "rows_dropped")
             return 0
         self._streams += 1
         if head is not None:
@@ -221,7 +222,16 @@ class Recorder:
         self, stream: int, t_ns: int, data: bytes | memoryview, lag_us: int = blocks.NO_STAMP
     ) -> None:
         """A piece of the reply's body with its chunk framing."""
-        self._data(blocks.REPLY_CHUNKED, stream, t_ns, lag_us, data)
+        size = len(data)
+        at = self._at
+        body = at + _RECORD_BYTES
+        end = body + size
+        if end > self._end or self._shedding or not stream:
+            self._data(blocks.REPLY_CHUNKED, stream, t_ns, lag_us, data)
+            return
+        _pack_into(self._block, at, blocks.REPLY_CHUNKED, stream, t_ns, lag_us, size)
+        self._block[body:end] = data
+        self._at = end
 
     def unkept(self, stream: int, t_ns: int, size: int, *, reply: bool) -> None:
         """Body bytes that passed and are counted only."""
@@ -249,7 +259,7 @@ class Recorder:
     ) -> None:
         if not stream:
             return
-        if self._waiting_bytes > MEMORY_BYTES:
+        if self._shedding:
             if stream not in self._dropped:
                 self._dropped[stream] = 0
                 self._put(blocks.GAP, stream, t_ns, lag_us, b"")
@@ -288,6 +298,24 @@ class Recorder:
             self._block, self._begin = self._sender.memory, slot
         self._at, self._end = self._begin, self._begin + blocks.SLOT_BYTES
 
+    def pause(self, *, paused: bool) -> None:
+        """Stop recording, or go on with it: what passes meanwhile is counted, not kept."""
+        self._paused = paused
+        self._shed()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What waits in memory for the writer process."""
+        return self._waiting_bytes
+
+    @property
+    def reads_dropped(self) -> int:
+        """Pieces of replies that still run and were not kept."""
+        return sum(self._dropped.values())
+
+    def _shed(self) -> None:
+        self._shedding = self._paused or self._waiting_bytes > MEMORY_BYTES
+
     def _lose(self, reason: str, n: int = 1) -> None:
         self.losses[reason] = self.losses.get(reason, 0) + n
 
@@ -300,6 +328,7 @@ class Recorder:
             self._heed(json.loads(note))
         while self._waiting and self._sender.send(self._waiting[0]):
             self._waiting_bytes -= len(self._waiting.popleft())
+        self._shed()
         if not self._sender.alive:
             self._waiting.clear()
             self._waiting_bytes = 0
@@ -315,6 +344,7 @@ class Recorder:
                 del self._block[size:]
                 self._waiting.append(self._block)
                 self._waiting_bytes += size
+                self._shed()
         elif not size:
             self._sender.unclaim(self._begin)
         else:
