@@ -59,7 +59,8 @@ class Exchange:
 class Capture:
     """The add-on: `open_flows` are in flight, `errors` counts what went wrong in recording.
 
-    `stock_reads` counts the pieces of replies that took mitmproxy's own way, `relays.reads` the rest.
+    `stock_reads` counts the pieces of replies that took mitmproxy's own way, `relays.reads` the
+    rest.
     """
 
     def __init__(self, recorder: Recorder, worker: str) -> None:
@@ -179,7 +180,7 @@ class Capture:
         status = flow.response.status_code
         at_ns, lag_us = read_stamp(stamps)
         self._recorder.reply_head(exchange.stream, at_ns, status, fields, lag_us)
-        if status != 101:  # noqa: PLR2004 - 101 switches protocols: there is no body
+        if status != 101:  # 101 switches protocols: there is no body
             flow.response.stream = self._reply_callable(flow, exchange)
             self._offer_relay(flow, exchange)
 

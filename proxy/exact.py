@@ -1,8 +1,8 @@
 """What mitmproxy would write anew passes as it came: heads, and the chunk framing of replies.
 
-mitmproxy parses a head and writes its own from the parts, and takes a chunked body apart to frame it
-again. Here it goes on parsing, but what it sends are the bytes that came, as long as no part of it
-has altered the message. Touches private parts of mitmproxy and h11; `apply` says when one is missing.
+mitmproxy parses a head and writes its own from the parts, and takes a chunked body apart to frame
+it again. Here it goes on parsing, but what it sends are the bytes that came, as long as no part of
+it has altered the message. Touches private parts of mitmproxy and h11; `apply` names a missing one.
 """
 
 import importlib
@@ -80,8 +80,12 @@ def apply(was_reset: Callable[[str], bool]) -> list[str]:
         ]
     except (AttributeError, ImportError) as error:
         return [str(error)]
-    lacks = [f"{owner.__name__}.{name}" for owner, names in parts for name in names
-             if not hasattr(owner, name) and name not in getattr(owner, "__annotations__", {})]  # fmt: skip
+    lacks = [
+        f"{owner.__name__}.{name}"
+        for owner, names in parts
+        for name in names
+        if not hasattr(owner, name) and name not in getattr(owner, "__annotations__", {})
+    ]
     if not lacks:
         _keep_heads(private, buffer)
         _read_raw(private)
@@ -94,7 +98,7 @@ def _keep_heads(private: Any, receive_buffer: Any) -> None:
     """Keep each head's bytes on its message, and send them while the message is what was parsed."""
 
     class HeadBuffer(receive_buffer):  # type: ignore[misc]
-        """Remembers the bytes of the last head; skips blank lines before it, which stock waits on."""
+        """Remembers the last head's bytes; skips blank lines before it, on which stock waits."""
 
         head = b""
 

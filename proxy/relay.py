@@ -66,7 +66,7 @@ class Relays:
                     self._epoll.unregister(relay.fd)
 
     def keep_alive(self) -> None:
-        """Tell mitmproxy's watchdogs, which see nothing of what passes here. Call it now and then."""
+        """Tell mitmproxy's watchdogs, which see nothing of what passes here. Call it often."""
         for relay in self.open.values():
             relay.handler.timeout_watchdog.register_activity()
 
@@ -265,7 +265,7 @@ def relayable(flow: http.HTTPFlow, stamps: SocketStamps) -> bool:
         and flow.request.http_version == response.http_version == "HTTP/1.1"
         and response.headers.get("transfer-encoding", "") == "chunked"
         and flow.request.method != "HEAD"
-        and response.status_code >= 200  # noqa: PLR2004
+        and response.status_code >= 200
         and response.status_code not in (204, 304)
         and not flow.client_conn.tls
         and not flow.server_conn.tls

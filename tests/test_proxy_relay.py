@@ -1,5 +1,6 @@
 """The fast path: which bytes take it, what it does to them (nothing), and how it yields."""
 
+import functools
 import json
 import select
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from mitmproxy.proxy.layers.http import HttpStream
 
 from proxied import Stage, capturing, chunk, post, receive, scripted, staged, talk
 from tokentape.proxy import relay as relays
@@ -53,11 +55,18 @@ class Lockstep:
         sent = 0
         for piece in self.pieces:
             with self._more:
-                assert self._more.wait_for(lambda sent=sent: self._received >= sent, 10), (
-                    "held back"
-                )  # type: ignore[misc]
+                assert self._more.wait_for(functools.partial(self._has, sent), 10), "held back"
             connection.sendall(piece)
             sent += len(piece)
+
+    def _has(self, sent: int) -> bool:
+        return self._received >= sent
+
+    def got(self, size: int) -> None:
+        """The client has this many bytes."""
+        with self._more:
+            self._received = size
+            self._more.notify()
 
     def ask(self, host: str, port: int, request: bytes) -> bytes:
         """What the client gets, to the last byte of the last piece."""
@@ -67,9 +76,7 @@ class Lockstep:
             got = b""
             while len(got) < total and (piece := client.recv(65536)):
                 got += piece
-                with self._more:
-                    self._received = len(got)
-                    self._more.notify()
+                self.got(len(got))
         return got
 
 
@@ -179,9 +186,7 @@ def talk_in_lockstep(play: Lockstep, stage: Stage, request: bytes) -> bytes:
         got = b""
         while piece := client.recv(65536):
             got += piece
-            with play._more:  # noqa: SLF001 - one of its own
-                play._received = len(got)  # noqa: SLF001
-                play._more.notify()  # noqa: SLF001
+            play.got(len(got))
     return got
 
 
@@ -215,14 +220,14 @@ def test_a_client_that_stops_reading_stops_the_upstream_and_the_time_is_kept(
         connection.sendall(SSE_HEAD)
         connection.setblocking(False)
         for _ in range(400):
-            left = memoryview(piece)
-            while left:
+            at = 0
+            while at < len(piece):
                 if not select.select([], [connection], [], 0.5)[1]:
                     stalled.set()
                     select.select([], [connection], [], 20)
-                done = connection.send(left)
+                done = connection.send(piece[at:])
                 sent[0] += done
-                left = left[done:]
+                at += done
         connection.setblocking(True)
         connection.sendall(b"0\r\n\r\n")
 
@@ -286,16 +291,15 @@ def test_an_upstream_that_resets_resets_the_client(stage: Stage, head: bytes) ->
     path = stage.play(script)
     with socket.create_connection((stage.host, stage.port), timeout=10) as client:
         client.sendall(post(path, BODY, close=False))
+        whole = b"".join(pieces)
         got = b""
+        while len(got) < len(whole) and (piece := client.recv(65536)):
+            got += piece
+            play.got(len(got))
+        assert got == whole
+        seen.set()
         with pytest.raises(ConnectionResetError):
-            while piece := client.recv(65536):
-                got += piece
-                with play._more:  # noqa: SLF001
-                    play._received = len(got)  # noqa: SLF001
-                    play._more.notify()  # noqa: SLF001
-                if len(got) == sum(map(len, pieces)):
-                    seen.set()
-    assert got == b"".join(pieces)
+            client.recv(1)
     (row,) = stage.rows(path)
     assert row["outcome"] == "upstream_abort"
 
@@ -364,5 +368,5 @@ def test_without_a_private_part_everything_goes_mitmproxys_own_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert relays.missing_parts() == []
-    monkeypatch.delattr(relays.http_layers.HttpStream, "state_stream_response_body")
+    monkeypatch.delattr(HttpStream, "state_stream_response_body")
     assert relays.missing_parts() == ["HttpStream.state_stream_response_body"]

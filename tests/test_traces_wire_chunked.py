@@ -1,5 +1,6 @@
 """Chunked framing: cut anywhere, what passes is what came, and ends where it ends."""
 
+import itertools
 import re
 
 import pytest
@@ -24,7 +25,7 @@ def frame(data: bytes, extension: bytes = b"", digits: str = "%x") -> bytes:
 
 def cut(data: bytes, points: list[int]) -> list[bytes]:
     edges = sorted({0, len(data), *(p % (len(data) + 1) for p in points)})
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def through(scanner: ChunkScanner, pieces: list[bytes]) -> tuple[bytes, bytes, bytes]:

@@ -129,11 +129,16 @@ class Assembler:
             self._reply_head(stream, request, t_ns, payload)
         elif kind == blocks.CLOSE:
             self._close(stream, request, t_ns, _decode(payload))
-        elif kind == blocks.UNKEPT_REQUEST:
-            request.body_bytes += blocks.LENGTH.unpack(payload)[0]
+        else:
+            self._unkept(kind, request, blocks.LENGTH.unpack(payload)[0])
+
+    def _unkept(self, kind: int, request: OpenRequest, size: int) -> None:
+        """Body bytes that passed, and that nobody will read."""
+        if kind == blocks.UNKEPT_REPLY:
+            request.reply_bytes += size
+        else:
+            request.body_bytes += size
             self._give_up_body(request)
-        elif kind == blocks.UNKEPT_REPLY:
-            request.reply_bytes += blocks.LENGTH.unpack(payload)[0]
 
     def _late(self, kind: int, stream: int, lag_us: int) -> None:
         """Keep the longest time that a read of this request waited for the process."""

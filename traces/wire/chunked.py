@@ -1,7 +1,7 @@
-"""HTTP/1.1 chunked framing, sans-io: where a message ends (the proxy), and what it carried (the writer).
+"""HTTP/1.1 chunked framing, sans-io: where a message ends (proxy), what it carried (writer).
 
-The framing itself passes the proxy untouched, so nothing here ever holds bytes back: a size line may
-be cut anywhere. Never raises on what a server sent; a line that is no size line makes the message
+The framing itself passes the proxy untouched, so nothing here ever holds bytes back: a size line
+may be cut anywhere. Never raises on what a server sent; a line that is no size line makes the message
 `broken`, and then only its sender knows where it ends.
 Source: RFC 9112, section 7.1.
 """
