@@ -2,7 +2,7 @@
 
 Between two clean points of mitmproxy's own machine (head sent, nothing buffered; terminal chunk or
 error next) a reply is nothing but bytes to pass on. A `Relay` takes the upstream socket out of
-asyncio's hands, reads it from an epoll of its own, sends what came, then records it. The terminal
+asyncio's hands, is called by the selector itself, sends what came, then records it. The terminal
 chunk, broken framing, errors and ends go back to mitmproxy, which sees a stream without a middle.
 
 It must never hold bytes back, and never touch a stream whose state it does not know.
@@ -10,7 +10,6 @@ It must never hold bytes back, and never touch a stream whose state it does not 
 
 import asyncio
 import contextlib
-import select
 from time import monotonic_ns
 from typing import Any
 
@@ -20,6 +19,7 @@ from mitmproxy.proxy import server as proxy_server
 from mitmproxy.proxy.layers import http as http_layers
 
 from tokentape.proxy.exact import RawChunkedReader
+from tokentape.proxy.loop import RelaySelector
 from tokentape.proxy.sockets import ANCILLARY_BYTES, SocketStamps, stamp_of
 from tokentape.traces.recording import Recorder
 
@@ -33,7 +33,7 @@ _into = [_buffer]
 
 
 class Relays:
-    """All relays of a worker, and the epoll that they are read from.
+    """All relays of a worker.
 
     `reads` counts what took this path, `added_ns` holds the latest times from the kernel's receive
     stamp to the end of our send.
@@ -44,49 +44,12 @@ class Relays:
         self.enabled = not missing_parts()
         self.reads = self.armed = self.failures = 0
         self.added_ns = [0] * ADDED_KEPT
-        self.open: dict[int, Relay] = {}
-        self._epoll: select.epoll | None = None
-
-    def register(self, relay: "Relay") -> None:
-        """Read the relay's upstream socket from now on."""
-        if self._epoll is None:
-            self._epoll = select.epoll()
-            asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._ready)
-        with contextlib.suppress(FileNotFoundError, OSError):
-            self._epoll.unregister(relay.fd)  # a closed socket's number may come again
-        self.open[relay.fd] = relay
-        self._epoll.register(relay.fd, select.EPOLLIN)
-
-    def unregister(self, relay: "Relay") -> None:
-        """Read it no more."""
-        if self.open.get(relay.fd) is relay:
-            del self.open[relay.fd]
-            if self._epoll is not None:
-                with contextlib.suppress(OSError):  # closed meanwhile
-                    self._epoll.unregister(relay.fd)
+        self.open: set[Relay] = set()
 
     def keep_alive(self) -> None:
         """Tell mitmproxy's watchdogs, which see nothing of what passes here. Call it often."""
-        for relay in self.open.values():
+        for relay in self.open:
             relay.handler.timeout_watchdog.register_activity()
-
-    def close(self) -> None:
-        """Let go of the epoll."""
-        if self._epoll is not None:
-            asyncio.get_running_loop().remove_reader(self._epoll.fileno())
-            self._epoll.close()
-            self._epoll = None
-
-    def _ready(self) -> None:
-        assert self._epoll is not None
-        for fd, _ in self._epoll.poll(0):
-            relay = self.open.get(fd)
-            if relay is not None:
-                try:
-                    relay.read()
-                except Exception:  # noqa: BLE001 - one stream's trouble is not the others'
-                    self.failures += 1
-                    relay.stop()
 
 
 class Relay:
@@ -102,6 +65,7 @@ class Relay:
         "_recvmsg_into",
         "_relays",
         "_scanner",
+        "_selector",
         "_sock",
         "_stamps",
         "_stream",
@@ -119,6 +83,7 @@ class Relay:
     ) -> None:
         """AttributeError, KeyError or TypeError when mitmproxy is not as this file knows it."""
         self._relays = relays
+        self._selector = relay_selector()
         self.handler = handler
         self._stamps = stamps
         self._stream = stream
@@ -156,7 +121,8 @@ class Relay:
         self._scanner = self._h1.body_reader.scanner
         self.active = True
         self._transport.pause_reading()
-        self._relays.register(self)
+        self._selector.relay(self.fd, self.read)
+        self._relays.open.add(self)
         self._relays.armed += 1
         self._pass_on(memoryview(data), len(data), self._stamps.read_ns, self._stamps.lag_us)
         return True
@@ -198,14 +164,19 @@ class Relay:
 
     def _pass_on(self, data: memoryview, size: int, at_ns: int, lag_us: int) -> None:
         """Send the interior, record it, and give what follows it back to mitmproxy."""
-        end = self._scanner.interior(data, size)
-        if end:
-            piece = data[:end]
-            self._send(piece)
-            relays = self._relays
-            relays.added_ns[relays.reads & (ADDED_KEPT - 1)] = monotonic_ns() - at_ns
-            relays.reads += 1
-            relays.recorder.reply_chunked(self._stream, at_ns, piece, lag_us)
+        try:
+            end = self._scanner.interior(data, size)
+            if end:
+                piece = data[:end]
+                self._send(piece)
+                relays = self._relays
+                relays.added_ns[relays.reads & (ADDED_KEPT - 1)] = monotonic_ns() - at_ns
+                relays.reads += 1
+                relays.recorder.reply_chunked(self._stream, at_ns, piece, lag_us)
+        except Exception:  # noqa: BLE001 - a defect here must not end every stream of the worker
+            self._relays.failures += 1
+            self._out.abort()  # what the client has of this one is not known
+            return
         if end < size:
             self.stop(bytes(data[end:size]))
 
@@ -218,9 +189,10 @@ class Relay:
                 sent = self._client_send(piece)
             if sent == len(piece):
                 return
+        self._selector.touched = True
         out.write(bytes(piece[sent:]))
         if out.get_write_buffer_size() > UNSENT_BYTES and self._task is None:
-            self._relays.unregister(self)
+            self._selector.unrelay(self.fd)
             self._paused_ns = monotonic_ns()
             self._task = asyncio.get_running_loop().create_task(self._drain())
 
@@ -231,29 +203,40 @@ class Relay:
         self._task = None
         self.backpressure_ns += monotonic_ns() - self._paused_ns
         if self.active:
-            self._relays.register(self)
+            self._selector.relay(self.fd, self.read)
 
     def stop(self, rest: bytes = b"") -> None:
         """Give the stream back to mitmproxy, beginning with `rest`."""
         if not self.active:
             return
-        self.active = False
-        self._relays.unregister(self)
-        self._stamps.relay = None
+        self._let_go()
+        self._selector.touched = True
         if rest:
             self._stamps.feed(rest)
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
+    def _let_go(self) -> None:
+        if self.active:
+            self.active = False
+            self._selector.unrelay(self.fd)
+            self._relays.open.discard(self)
+        self._stamps.relay = None
+
     def end(self) -> None:
         """The exchange is over, however it ended."""
-        self.active = False
-        self._relays.unregister(self)
-        self._stamps.relay = None
+        self._let_go()
         if self._task is not None:
             self.backpressure_ns += monotonic_ns() - self._paused_ns
             self._task.cancel()
             self._task = None
+
+
+def relay_selector() -> RelaySelector:
+    """The selector of the running loop; AttributeError when it is another's loop."""
+    found = asyncio.get_running_loop().relay_selector  # type: ignore[attr-defined]
+    assert isinstance(found, RelaySelector)
+    return found
 
 
 def relayable(flow: http.HTTPFlow, stamps: SocketStamps) -> bool:
@@ -294,7 +277,6 @@ def missing_parts() -> list[str]:
         (proxy_server.TimeoutWatchdog, ("register_activity",)),
         (asyncio.StreamReader, ("feed_data",)),
         (asyncio.ReadTransport, ("pause_reading", "resume_reading")),
-        (select, ("epoll",)),
     ):
         lacks += [f"{owner.__name__}.{name}" for name in names if not hasattr(owner, name)]
     if "_buffer" not in asyncio.StreamReader.__init__.__code__.co_names:
