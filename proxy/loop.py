@@ -108,6 +108,8 @@ class RelaySelector(selectors.BaseSelector):
                 callback = relays.get(fd)
                 if callback is not None and mask != select.EPOLLOUT:
                     callback()
+                    if mask == select.EPOLLIN:
+                        continue
                 if (key := keys.get(fd)) is not None:
                     events = (_WRITE if mask & ~select.EPOLLIN else 0) | (
                         _READ if mask & ~select.EPOLLOUT else 0

@@ -10,6 +10,7 @@ It must never hold bytes back, and never touch a stream whose state it does not 
 
 import asyncio
 import contextlib
+import struct
 from time import monotonic_ns
 from typing import Any
 
@@ -20,16 +21,20 @@ from mitmproxy.proxy.layers import http as http_layers
 
 from tokentape.proxy.exact import RawChunkedReader
 from tokentape.proxy.loop import RelaySelector
-from tokentape.proxy.sockets import ANCILLARY_BYTES, SocketStamps, stamp_of
+from tokentape.proxy.sockets import (
+    ANCILLARY_BYTES,
+    LATE_NS,
+    STAMP,
+    SocketStamps,
+    stamp_of,
+)
 from tokentape.traces.recording import Recorder
 
 READ_BYTES = 64 << 10
 UNSENT_BYTES = 64 << 10  # asyncio's own high-water mark: beyond it the upstream is not read
 MAX_LAYERS = 10
 ADDED_KEPT = 4096  # latest added latencies, for whoever watches
-_buffer = bytearray(READ_BYTES)
-_view = memoryview(_buffer)
-_into = [_buffer]
+_unpack_stamp = STAMP.unpack
 
 
 class Relays:
@@ -58,11 +63,12 @@ class Relay:
     __slots__ = (
         "_client_send",
         "_client_writer",
+        "_clock",
         "_h1",
         "_out",
         "_paused_ns",
         "_reader",
-        "_recvmsg_into",
+        "_recvmsg",
         "_relays",
         "_scanner",
         "_selector",
@@ -71,6 +77,7 @@ class Relay:
         "_stream",
         "_task",
         "_transport",
+        "_unsent",
         "_upstream_state",
         "active",
         "backpressure_ns",
@@ -96,10 +103,12 @@ class Relay:
         self._transport = upstream.writer.transport
         self._client_writer = client.writer
         self._out = client.writer.transport
+        self._unsent = self._out._buffer  # noqa: SLF001 - asked for every event: no call
         self._client_send = client.writer.get_extra_info("socket")._sock.send  # noqa: SLF001
         assert stamps.sock is not None
         self._sock = stamps.sock
-        self._recvmsg_into = stamps.sock.recvmsg_into
+        self._recvmsg = stamps.sock.recvmsg
+        self._clock = stamps.clock
         self.fd = stamps.sock.fileno()
         self._scanner: Any = None
         self._task: asyncio.Task[None] | None = None
@@ -124,7 +133,7 @@ class Relay:
         self._selector.relay(self.fd, self.read)
         self._relays.open.add(self)
         self._relays.armed += 1
-        self._pass_on(memoryview(data), len(data), self._stamps.read_ns, self._stamps.lag_us)
+        self._pass_on(data, self._stamps.read_ns, self._stamps.lag_us)
         return True
 
     def _at_clean_point(self) -> bool:
@@ -142,33 +151,44 @@ class Relay:
             and stream.server_state == stream.state_stream_response_body
             and not self._transport.is_closing()
             and not self._out.is_closing()
+            and not self._transport.get_write_buffer_size()
         )
 
     def read(self) -> None:
-        """The upstream socket is readable."""
+        """The upstream socket is readable. Each line here is paid for by every event."""
         try:
-            size, ancillary, _, _ = self._recvmsg_into(_into, ANCILLARY_BYTES)
+            data, ancillary, _, _ = self._recvmsg(READ_BYTES, ANCILLARY_BYTES)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             self._sock.was_reset = True  # the error is read once: asyncio will see an end
             self.stop()
             return
-        if not size:
+        user_ns = monotonic_ns()
+        if not data:
             self.stop()
             return
         stamps = self._stamps
-        at_ns, lag_us = stamps.clock.place(stamp_of(ancillary), monotonic_ns())
+        try:
+            seconds, ns = _unpack_stamp(ancillary[0][2])
+            late_ns = user_ns - seconds * 1_000_000_000 - ns + self._clock.offset_ns
+        except (IndexError, struct.error):
+            late_ns = -LATE_NS
+        if 0 <= late_ns < LATE_NS:
+            at_ns, lag_us = user_ns - late_ns, late_ns // 1000
+        else:
+            at_ns, lag_us = self._clock.place(stamp_of(ancillary), user_ns)
         stamps.read_ns, stamps.lag_us = at_ns, lag_us
-        self._pass_on(_view, size, at_ns, lag_us)
+        self._pass_on(data, at_ns, lag_us)
 
-    def _pass_on(self, data: memoryview, size: int, at_ns: int, lag_us: int) -> None:
+    def _pass_on(self, data: bytes, at_ns: int, lag_us: int) -> None:
         """Send the interior, record it, and give what follows it back to mitmproxy."""
+        size = len(data)
         try:
             end = self._scanner.interior(data, size)
+            piece = data if end == size else data[:end]
             if end:
-                piece = data[:end]
-                self._send(piece)
+                self._send(piece, end)
                 relays = self._relays
                 relays.added_ns[relays.reads & (ADDED_KEPT - 1)] = monotonic_ns() - at_ns
                 relays.reads += 1
@@ -178,19 +198,21 @@ class Relay:
             self._out.abort()  # what the client has of this one is not known
             return
         if end < size:
-            self.stop(bytes(data[end:size]))
+            self.stop(data[end:])
 
-    def _send(self, piece: memoryview) -> None:
+    def _send(self, piece: bytes, size: int) -> None:
         """To the client's socket, or behind what already waits for it."""
-        out = self._out
         sent = 0
-        if not out.get_write_buffer_size():
-            with contextlib.suppress(OSError):  # full, or gone: asyncio deals with either
+        if not self._unsent:
+            try:
                 sent = self._client_send(piece)
-            if sent == len(piece):
+            except OSError:
+                sent = 0  # full, or gone: asyncio deals with either
+            if sent == size:
                 return
+        out = self._out
         self._selector.touched = True
-        out.write(bytes(piece[sent:]))
+        out.write(piece[sent:])
         if out.get_write_buffer_size() > UNSENT_BYTES and self._task is None:
             self._selector.unrelay(self.fd)
             self._paused_ns = monotonic_ns()

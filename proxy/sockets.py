@@ -23,7 +23,7 @@ ANCILLARY_BYTES = 64
 STEP_NS = 1_000_000  # the wall clock moved against the monotonic one by more than drift explains
 LATE_NS = 1_000_000_000  # an older stamp is believed only when the wall clock has not stepped
 ANCHOR_JITTER_NS = 20_000  # a stamp this little after its read is the anchor's own error
-_STAMP = struct.Struct("@ll")
+STAMP = struct.Struct("@ll")
 _LINGER_NOT = struct.pack("@ii", 1, 0)
 
 
@@ -98,8 +98,8 @@ class StampedSocket(socket.socket):
 def stamp_of(ancillary: list[tuple[int, int, bytes]]) -> int:
     """The kernel's stamp among control messages, CLOCK_REALTIME ns; 0 when there is none."""
     for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS and len(data) == _STAMP.size:
-            seconds, ns = _STAMP.unpack(data)
+        if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS and len(data) == STAMP.size:
+            seconds, ns = STAMP.unpack(data)
             return int(seconds) * 1_000_000_000 + int(ns)
     return 0
 

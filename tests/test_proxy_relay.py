@@ -220,14 +220,14 @@ def test_a_client_that_stops_reading_stops_the_upstream_and_the_time_is_kept(
         connection.sendall(SSE_HEAD)
         connection.setblocking(False)
         for _ in range(400):
-            at = 0
-            while at < len(piece):
+            left = len(piece)
+            while left:
                 if not select.select([], [connection], [], 0.5)[1]:
                     stalled.set()
                     select.select([], [connection], [], 20)
-                done = connection.send(piece[at:])
+                done = connection.send(piece[-left:])
                 sent[0] += done
-                at += done
+                left -= done
         connection.setblocking(True)
         connection.sendall(b"0\r\n\r\n")
 

@@ -16,7 +16,8 @@ SLOTS = 32  # 32 MiB between the hot process and a writer that stalls
 MAX_PAYLOAD_BYTES = 256 << 10  # longer data is split, so that a record always fits a slot
 
 # One record: kind, stream, CLOCK_MONOTONIC ns, how late the process read it in us, length of the
-# payload; then the payload. REPLY_CHUNKED is REPLY_DATA with its chunk framing; UNKEPT_* carry a length only.
+# payload; then the payload. REPLY_CHUNKED is REPLY_DATA with its chunk framing, UNKEPT_REQUEST and
+# UNKEPT_REPLY carry a length only.
 RECORD = struct.Struct("<BIqII")
 OPEN, REQUEST_BODY, MARK, REPLY_HEAD, REPLY_DATA, CLOSE, TELEMETRY, GAP = range(8)
 REPLY_CHUNKED, UNKEPT_REQUEST, UNKEPT_REPLY = range(8, 11)

@@ -1,8 +1,8 @@
 """HTTP/1.1 chunked framing, sans-io: where a message ends (proxy), what it carried (writer).
 
 The framing itself passes the proxy untouched, so nothing here ever holds bytes back: a size line
-may be cut anywhere. Never raises on what a server sent; a line that is no size line makes the message
-`broken`, and then only its sender knows where it ends.
+may be cut anywhere. Never raises on what a server sent; a line that is no size line makes the
+message `broken`, and then only its sender knows where it ends.
 Source: RFC 9112, section 7.1.
 """
 
@@ -10,6 +10,7 @@ import re
 from typing import Final
 
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r\n")
+_SHORT_SIZES: Final = {b"%x\r\n" % n: n for n in range(1, 4096)}  # of nearly all events
 _MAX_LINE_BYTES: Final = 64 << 10  # a size line or a trailer that is longer breaks the message
 
 
@@ -29,11 +30,16 @@ class ChunkScanner:
         self.stopped = self.broken = self.complete = False
         self.trailer_bytes = 0
 
-    def interior(self, data: bytes | bytearray | memoryview, size: int) -> int:
-        """How many of the first `size` bytes of `data` belong to interior chunks.
+    def interior(self, data: bytes, size: int) -> int:
+        """How many of the `size` bytes of `data` belong to interior chunks.
 
         Fewer than `size`: the terminal chunk's size line goes on there, or a line that is none.
         """
+        if not self._skip and not self._line:  # mostly, a read is one whole chunk
+            line_end = data.find(b"\n", 0, 8) + 1
+            length = _SHORT_SIZES.get(data[:line_end])
+            if length is not None and line_end + length + 2 == size:
+                return size
         at = self._skip
         if at >= size:
             self._skip = at - size
@@ -56,9 +62,9 @@ class ChunkScanner:
         self._skip = at - size
         return size
 
-    def _begin_line(self, data: bytes | bytearray | memoryview, at: int, size: int) -> int:
+    def _begin_line(self, data: bytes, at: int, size: int) -> int:
         """No whole size line at `at`: keep its beginning in mind, or stop at a bad one."""
-        line = bytes(data[at:size])
+        line = data[at:size]
         self._skip = 0
         if b"\n" in line or not _may_become_size(line):
             self.stopped = self.broken = True
@@ -66,11 +72,10 @@ class ChunkScanner:
         self._line = line
         return size
 
-    def _finish_line(self, data: bytes | bytearray | memoryview, size: int) -> int:
+    def _finish_line(self, data: bytes, size: int) -> int:
         """Where the chunk after the line that was cut ends; -1 when the line has not ended well."""
-        piece = bytes(data[:size])
-        end = piece.find(b"\n") + 1
-        line = self._line + (piece[:end] if end else piece)
+        end = data.find(b"\n", 0, size) + 1
+        line = self._line + data[: end or size]
         if not end and _may_become_size(line):
             self._line = line
             return -1
