@@ -219,7 +219,7 @@ def test_a_client_that_stops_reading_stops_the_upstream_and_the_time_is_kept(
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
         connection.sendall(SSE_HEAD)
         connection.setblocking(False)
-        for _ in range(400):
+        for _number in range(400):
             left = len(piece)
             while left:
                 if not select.select([], [connection], [], 0.5)[1]:

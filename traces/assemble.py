@@ -92,6 +92,8 @@ class Assembler:
         self._allowed = allowed(privacy.mode)
         self.open: dict[int, OpenRequest] = {}
         self.seen = 0
+        self.reads = 0  # pieces of replies
+        self.lost_reads = 0  # of requests that another writer had, or whose row is closed
         self._bodies_bytes = 0
 
     def take(self, block: memoryview) -> None:
@@ -105,6 +107,7 @@ class Assembler:
             at += length
             try:
                 if kind in _REPLY:
+                    self.reads += 1
                     self._reply_data(kind, stream, t_ns, lag_us, payload)
                 else:
                     self._control(kind, stream, t_ns, payload)
@@ -262,6 +265,7 @@ class Assembler:
     def _reply_data(self, kind: int, stream: int, t_ns: int, lag_us: int, data: bytes) -> None:
         request = self.open.get(stream)
         if request is None:
+            self.lost_reads += 1
             return
         if kind == blocks.REPLY_CHUNKED:
             if request.framing is None:

@@ -24,6 +24,12 @@ REPLY_CHUNKED, UNKEPT_REQUEST, UNKEPT_REPLY = range(8, 11)
 NO_STAMP = (1 << 32) - 1  # in place of the lateness: the stamp is the process's own
 LENGTH = struct.Struct("<Q")
 
+# The counter page of a hot process, as 64-bit numbers: requests opened, pieces of replies, where in
+# the shared memory the slot in hand begins (NO_SLOT: nowhere), and how much of it is filled.
+OPENED, READS, SLOT_AT, SLOT_FILL = range(4)
+NO_SLOT = 1 << 63
+COUNTER_BYTES = 4096
+
 _FULL, _FREE, _NOTE = b"F"[0], b"R"[0], b"N"[0]
 _SLOT = struct.Struct("<BHI")
 
@@ -138,6 +144,10 @@ class BlockReceiver:
         _, self._slot, size = _SLOT.unpack(message)
         at = self._slot * SLOT_BYTES
         return self._view[at : at + size], None
+
+    def slot(self, at: int, size: int) -> memoryview:
+        """Part of the memory by its place."""
+        return self._view[at : at + size]
 
     def release(self) -> None:
         """Give the last block's slot back."""
