@@ -15,7 +15,11 @@ from mitmproxy.connection import Client, ConnectionState
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from mitmproxy.tls import TlsData
 
-from tokentape.proxy.sockets import ClientConnection, SocketStamps, read_ns
+from tokentape.proxy.exact import raw_scanner
+from tokentape.proxy.relay import Relay, Relays, relayable
+from tokentape.proxy.sockets import ClientConnection, KernelClock, SocketStamps, read_stamp
+from tokentape.traces.assemble import MAX_BODY_BYTES
+from tokentape.traces.blocks import NO_STAMP
 from tokentape.traces.recording import Recorder
 
 _STATE = "tokentape"
@@ -24,7 +28,17 @@ _STATE = "tokentape"
 class Exchange:
     """What the add-on keeps of one flow while it runs; `reply` holds the end of an early reply."""
 
-    __slots__ = ("client", "closed", "deviations", "reply", "request_ended", "stream", "upstream")
+    __slots__ = (
+        "client",
+        "closed",
+        "deviations",
+        "relay",
+        "reply",
+        "request_ended",
+        "request_left",
+        "stream",
+        "upstream",
+    )
 
     def __init__(self, stream: int, client: ClientConnection | None) -> None:
         self.stream = stream
@@ -33,29 +47,44 @@ class Exchange:
         self.deviations: list[str] = []
         self.closed = self.request_ended = False
         self.reply: Callable[[], None] | None = None
+        self.relay: Relay | None = None
+        self.request_left = MAX_BODY_BYTES  # what of the request's body is still kept
 
     @property
-    def client_ns(self) -> int:
-        """The client socket's last read."""
-        return read_ns(self.client.socket if self.client else None)
+    def client_stamp(self) -> tuple[int, int]:
+        """(monotonic ns, lateness in us) of the client socket's last read."""
+        return read_stamp(self.client.socket if self.client else None)
 
 
 class Capture:
-    """The add-on: `open_flows` are in flight, `errors` counts what went wrong in recording."""
+    """The add-on: `open_flows` are in flight, `errors` counts what went wrong in recording.
+
+    `stock_reads` counts the pieces of replies that took mitmproxy's own way, `relays.reads` the
+    rest.
+    """
 
     def __init__(self, recorder: Recorder, worker: str) -> None:
         self._recorder = recorder
+        self.clock = KernelClock()
+        self.relays = Relays(recorder)
+        self.stock_reads = 0
         self._worker = worker
         self._host = platform.node()
         self._connections = 0
         self._clients: dict[str, ClientConnection] = {}
         self._notes: dict[str, list[str]] = {}
+        self._upstreams: dict[str, SocketStamps] = {}
         self.open_flows: dict[str, http.HTTPFlow] = {}
         self.errors = 0
 
     def note(self, connection_id: str, deviation: str) -> None:
         """A remedy of traps.py altered what passed on a connection."""
         self._notes.setdefault(connection_id, []).append(deviation)
+
+    def was_reset(self, connection_id: str) -> bool:
+        """Whether the peer of an upstream connection reset it."""
+        stamps = self._upstreams.get(connection_id)
+        return stamps is not None and stamps.sock is not None and stamps.sock.was_reset
 
     # -- connections ----------------------------------------------------------------------------
 
@@ -65,7 +94,7 @@ class Capture:
         handler = _handler(client.id)
         if handler is not None:
             io = handler.transports[client]
-            self._clients[client.id] = ClientConnection(self._connections, io)
+            self._clients[client.id] = ClientConnection(self._connections, self.clock, io)
 
     def client_disconnected(self, client: Client) -> None:
         """Close what still waits for this client, forget the connection."""
@@ -79,13 +108,14 @@ class Capture:
     def server_connect(self, data: ServerConnectionHookData) -> None:
         """An upstream connection is about to be opened."""
         if (client := self._clients.get(data.client.id)) is not None:
-            client.connecting = True
+            client.connecting += 1
 
     def server_connected(self, data: ServerConnectionHookData) -> None:
         """Watch the upstream socket."""
         client, handler = self._clients.get(data.client.id), _handler(data.client.id)
         if client is not None and handler is not None and data.server in handler.transports:
-            client.connected(data.server.id, handler.transports[data.server])
+            stamps = client.connected(data.server.id, handler.transports[data.server])
+            self._upstreams[data.server.id] = stamps
 
     def tls_established_server(self, data: TlsData) -> None:
         """The handshake's writes are not the request's."""
@@ -96,6 +126,7 @@ class Capture:
     def server_disconnected(self, data: ServerConnectionHookData) -> None:
         """Forget the upstream socket."""
         self._notes.pop(data.server.id, None)
+        self._upstreams.pop(data.server.id, None)
         if (client := self._clients.get(data.client.id)) is not None:
             client.upstreams.pop(data.server.id, None)
 
@@ -111,21 +142,21 @@ class Capture:
 
     def _open(self, flow: http.HTTPFlow) -> Exchange:
         client = self._clients.get(flow.client_conn.id)
-        if client is not None:
+        request = flow.request
+        if client is not None and not request.is_http2:  # whose requests are not one by one
             client.next_request()
         exchange = Exchange(0, client)
-        now = exchange.client_ns
-        request = flow.request
+        now, lag_us = exchange.client_stamp
         row = {
             "arrival_ns": now,
-            "arrival_clock": "callback" if client else "coroutine",
+            "arrival_clock": _clock_of(client, lag_us),
             "host": self._host,
             "worker": self._worker,
             "conn_id": client.number if client else None,
             "attempt": 1,
         }
         head = (request.data.method, request.data.path, list(request.headers.fields))
-        exchange.stream = self._recorder.open(now, row, head)
+        exchange.stream = self._recorder.open(now, row, head, lag_us)
         flow.metadata[_STATE] = exchange
         self.open_flows[flow.id] = flow
         return exchange
@@ -147,16 +178,31 @@ class Capture:
             self._recorder.mark(exchange.stream, "send_ns", stamps.first_write_ns)
         fields = list(flow.response.headers.fields)
         status = flow.response.status_code
-        self._recorder.reply_head(exchange.stream, read_ns(stamps), status, fields)
-        if status != 101:
-            flow.response.stream = self._reply_callable(exchange)
+        at_ns, lag_us = read_stamp(stamps)
+        self._recorder.reply_head(exchange.stream, at_ns, status, fields, lag_us)
+        if status != 101:  # 101 switches protocols: there is no body
+            flow.response.stream = self._reply_callable(flow, exchange)
+            self._offer_relay(flow, exchange)
+
+    def _offer_relay(self, flow: http.HTTPFlow, exchange: Exchange) -> None:
+        """Let the fast path have the reply's interior, where it may."""
+        stamps = exchange.upstream
+        if not self.relays.enabled or stamps is None or not relayable(flow, stamps):
+            return
+        try:
+            handler = _handler(flow.client_conn.id)
+            exchange.relay = Relay(self.relays, handler, flow, stamps, exchange.stream)
+        except (AttributeError, KeyError, TypeError, StopIteration):
+            self.relays.enabled = False  # not as it was when it was written: mitmproxy's own way
+        else:
+            stamps.relay = exchange.relay
 
     def response(self, flow: http.HTTPFlow) -> None:
         """The reply is complete; the row waits for the rest of a request that is still coming."""
         exchange = flow.metadata.get(_STATE)
         if exchange is None:
             return
-        end_ns = read_ns(exchange.upstream)
+        end_ns, _ = read_stamp(exchange.upstream)
         exchange.reply = lambda: self._close(flow, "ok", {"origin": "upstream", "end_ns": end_ns})
         if exchange.request_ended:
             exchange.reply()
@@ -169,6 +215,8 @@ class Capture:
         elif not flow.client_conn.state & ConnectionState.CAN_READ:
             self._close(flow, "client_abort", {"origin": "upstream" if flow.response else None})
         elif flow.response is not None:
+            if self.was_reset(flow.server_conn.id) and exchange.client is not None:
+                exchange.client.socket.reset_at_close()
             columns = {"origin": "upstream", "error_type": "reply_cut"}
             self._close(flow, "upstream_abort", columns)
         else:
@@ -178,6 +226,7 @@ class Capture:
         """No reply came: the row closes with the page that mitmproxy writes next, if it does."""
         client = exchange.client
         if client is not None and client.connecting:
+            client.connecting -= 1
             outcome, why = "connect_error", "connect"
         elif client is not None and client.upstreams:
             outcome, why = "upstream_abort", "no_reply"
@@ -220,23 +269,33 @@ class Capture:
 
         def piece(data: bytes) -> bytes:
             try:
-                if data:
-                    recorder.request_body(exchange.stream, exchange.client_ns, data)
-                else:
+                if not data:
                     self._end_request(exchange)
+                    return data
+                at_ns, lag_us = exchange.client_stamp
+                exchange.request_left -= len(data)
+                if exchange.request_left >= 0:
+                    recorder.request_body(exchange.stream, at_ns, data, lag_us)
+                else:
+                    recorder.unkept(exchange.stream, at_ns, len(data), reply=False)
             except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
                 self.errors += 1
             return data
 
         return piece
 
-    def _reply_callable(self, exchange: Exchange) -> Callable[[bytes], bytes]:
-        record, stream, upstream = self._recorder.reply_data, exchange.stream, exchange.upstream
+    def _reply_callable(self, flow: http.HTTPFlow, exchange: Exchange) -> Callable[[bytes], bytes]:
+        stream, upstream, recorder = exchange.stream, exchange.upstream, self._recorder
 
         def piece(data: bytes) -> bytes:
             try:
                 if data:
-                    record(stream, read_ns(upstream), data)
+                    self.stock_reads += 1
+                    at_ns, lag_us = read_stamp(upstream)
+                    if raw_scanner(flow.response) is not None:
+                        recorder.reply_chunked(stream, at_ns, data, lag_us)
+                    else:
+                        recorder.reply_data(stream, at_ns, data, lag_us)
             except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
                 self.errors += 1
             return data
@@ -247,7 +306,8 @@ class Capture:
         if exchange.request_ended:
             return
         exchange.request_ended = True
-        self._recorder.mark(exchange.stream, "request_end_ns", exchange.client_ns)
+        at_ns, lag_us = exchange.client_stamp
+        self._recorder.mark(exchange.stream, "request_end_ns", at_ns, lag_us)
         if exchange.reply is not None:
             exchange.reply()
 
@@ -263,7 +323,9 @@ class Capture:
         columns["outcome"] = outcome
         columns["deviations"] = exchange.deviations or None
         columns["send_clock"] = "callback"
-        columns["event_clock"] = "callback" if exchange.upstream else "coroutine"
+        if exchange.relay is not None:
+            exchange.relay.end()
+            columns["backpressure_ns"] = exchange.relay.backpressure_ns
         columns |= _path_columns(flow, exchange)
         self._recorder.close(exchange.stream, time.monotonic_ns(), columns)
 
@@ -290,6 +352,12 @@ def _has_body(request: http.Request) -> bool:
     if "transfer-encoding" in request.headers:
         return True
     return bool(request.headers.get("content-length", "0") != "0")
+
+
+def _clock_of(client: ClientConnection | None, lag_us: int) -> str:
+    if client is None:
+        return "coroutine"
+    return "callback" if lag_us == NO_STAMP else "kernel"
 
 
 def _handler(client_id: str) -> Any:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from tokentape.proxy import master
 from tokentape.proxy.addon import Capture
+from tokentape.proxy.loop import RelayLoop
 from tokentape.proxy.options import CaptureOptions, checked_listen, checked_upstream
+from tokentape.proxy.pulse import Pulse
 from tokentape.traces.errors import UsageError
 from tokentape.traces.facts import refuse_foreign
 from tokentape.traces.privacy import KEY_BYTES, Privacy, load_key
@@ -58,7 +60,8 @@ def capture(options: CaptureOptions, on_ready: Callable[[str], None]) -> Capture
         recorder = _start(options, upstream)
         at, number = bound.getsockname()[:2]
         address = f"http://[{at}]:{number}" if ":" in at else f"http://{at}:{number}"
-        errors = asyncio.run(_run(options, upstream, bound, recorder, lambda: on_ready(address)))
+        with asyncio.Runner(loop_factory=RelayLoop) as runner:
+            errors = runner.run(_run(options, upstream, bound, recorder, lambda: on_ready(address)))
         done = recorder.finish()
     return CaptureSummary(done.seen, done.rows, done.events, done.losses, errors, done.unsealed)
 
@@ -97,5 +100,8 @@ async def _run(
         loop.add_signal_handler(number, stop.set)
     recorder.flush_every(loop)
     addon = Capture(recorder, options.worker)
+    pulse = Pulse(addon, recorder, options.worker, lambda _: None)
+    pulse.start(loop)
     errors = await master.serve(options, upstream, bound, addon, stop, on_ready)
+    pulse.stop()
     return errors + addon.errors

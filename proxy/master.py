@@ -17,10 +17,13 @@ from typing import Any
 from mitmproxy import master, options
 from mitmproxy.addons import core, disable_h2c, errorcheck, next_layer, proxyserver, tlsconfig
 from mitmproxy.proxy import layers, mode_servers, mode_specs
+from mitmproxy.proxy import server as mitmproxy_server
 
-from tokentape.proxy import traps
+from tokentape.proxy import exact, traps
 from tokentape.proxy.addon import Capture
 from tokentape.proxy.options import CaptureOptions
+from tokentape.proxy.relay import missing_parts
+from tokentape.proxy.sockets import StampedAsyncio, StampedSocket
 from tokentape.traces.errors import TokentapeError
 from tokentape.traces.recording import say
 
@@ -44,7 +47,8 @@ class TapeInstance(mode_servers.AsyncioServerInstance[TapeMode]):
 
     async def listen(self, host: str, port: int) -> list[Any]:
         """Serve the bound socket."""
-        return [await asyncio.start_server(self.handle_stream, sock=self.bound, backlog=BACKLOG)]
+        stamped = StampedSocket(fileno=self.bound.detach())
+        return [await asyncio.start_server(self.handle_stream, sock=stamped, backlog=BACKLOG)]
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -133,6 +137,9 @@ async def serve(
     logging.getLogger().setLevel(logging.WARNING)
     for name in traps.apply(capture.note):
         say(f"this mitmproxy does not allow the remedy {name!r}")
+    for name in exact.apply(capture.was_reset) + missing_parts():
+        say(f"this mitmproxy lacks {name}: heads or chunks may be written anew, and more slowly")
+    vars(mitmproxy_server)["asyncio"] = StampedAsyncio()
     m = build(wanted, upstream, bound, capture)
     running = asyncio.ensure_future(m.run())
     proxy = m.addons.get("proxyserver")

@@ -5,7 +5,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tokentape.traces.errors import UsageError
-from tokentape.traces.schema import Mode
+from tokentape.traces.words import Mode
 
 
 @dataclass(frozen=True)

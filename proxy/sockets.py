@@ -1,38 +1,200 @@
-"""What the proxy watches of its sockets: when they were read and written, per connection.
+"""The proxy's sockets: when the kernel got what was read, and when bytes were written.
 
-Stamps are taken in the transport's callback or at the write itself, before any task wakes.
+Reads carry the kernel's receive stamp (SO_TIMESTAMPNS, CLOCK_REALTIME), converted to the monotonic
+clock at once, with the process's own lateness beside it; without one, the stamp is that of the
+transport's callback. Writes are stamped at the write. Nothing here waits or raises into traffic.
+Source: Linux, Documentation/networking/timestamping.rst.
 """
 
+import asyncio
 import contextlib
+import socket
+import struct
 import time
 from collections.abc import Callable
+from time import monotonic_ns
 from typing import Any
+
+from tokentape.traces.blocks import NO_STAMP
+from tokentape.traces.clock import take_anchor
+
+SO_TIMESTAMPNS = 35  # SO_TIMESTAMPNS_OLD, whose message holds two native longs: s, ns
+ANCILLARY_BYTES = 64
+STEP_NS = 1_000_000  # the wall clock moved against the monotonic one by more than drift explains
+LATE_NS = 1_000_000_000  # an older stamp is believed only when the wall clock has not stepped
+ANCHOR_JITTER_NS = 20_000  # a stamp this little after its read is the anchor's own error
+STAMP = struct.Struct("@ll")
+_LINGER_NOT = struct.pack("@ii", 1, 0)
+
+
+class KernelClock:
+    """Converts kernel stamps to CLOCK_MONOTONIC; `steps` counts steps of the wall clock."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.offset_ns = 0  # wall minus monotonic
+        self.refresh()
+        self.steps = 0
+
+    def refresh(self) -> bool:
+        """Follow the wall clock's drift; True when it has stepped. Call it a few times a second."""
+        anchor = take_anchor(tries=5)
+        offset_ns = anchor.wall_unix_ns - anchor.monotonic_ns
+        stepped = abs(offset_ns - self.offset_ns) > STEP_NS
+        self.steps += stepped
+        self.offset_ns = offset_ns
+        return stepped
+
+    def place(self, kernel_unix_ns: int, user_ns: int) -> tuple[int, int]:
+        """(monotonic ns, lateness in us) of a read; (`user_ns`, NO_STAMP) without a kernel stamp.
+
+        A stamp after the read means that the wall clock was set: it is not believed. One from long
+        before is, unless the clock was set meanwhile: a reader that was paused does read late.
+        """
+        if not kernel_unix_ns:
+            return user_ns, NO_STAMP
+        at_ns = kernel_unix_ns - self.offset_ns
+        late_ns = user_ns - at_ns
+        if 0 <= late_ns < LATE_NS:
+            return at_ns, late_ns // 1000
+        if -ANCHOR_JITTER_NS < late_ns < 0:
+            return user_ns, 0
+        if self.refresh() or late_ns < 0:
+            return user_ns, NO_STAMP
+        return at_ns, min(late_ns // 1000, NO_STAMP - 1)
+
+
+class StampedSocket(socket.socket):
+    """A socket whose reads note the kernel's stamp in `kernel_unix_ns`; 0 when there was none.
+
+    `was_reset` says that the peer reset the connection, where asyncio tells only of its end.
+    """
+
+    __slots__ = ("kernel_unix_ns", "was_reset")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kernel_unix_ns = 0
+        self.was_reset = False
+        with contextlib.suppress(OSError):  # without it, stamps are those of the callback
+            self.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """As socket.recv; asyncio's transport calls it."""
+        try:
+            data, ancillary, _, _ = self.recvmsg(size, ANCILLARY_BYTES, flags)
+        except ConnectionResetError:
+            self.was_reset = True
+            raise
+        self.kernel_unix_ns = stamp_of(ancillary)
+        return data
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """As socket.accept, for a connection that is stamped as well."""
+        fd, address = self._accept()  # type: ignore[attr-defined]
+        return StampedSocket(self.family, self.type, self.proto, fileno=fd), address
+
+
+def stamp_of(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The kernel's stamp among control messages, CLOCK_REALTIME ns; 0 when there is none."""
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS and len(data) == STAMP.size:
+            seconds, ns = STAMP.unpack(data)
+            return int(seconds) * 1_000_000_000 + int(ns)
+    return 0
+
+
+async def open_connection(
+    host: str, port: int, *, local_addr: Any = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """As asyncio.open_connection, on a StampedSocket; OSError of the last address that failed."""
+    loop = asyncio.get_running_loop()
+    failed: OSError = OSError(f"no address for {host}")
+    for family, kind, proto, _, address in await _addresses(loop, host, port):
+        sock = StampedSocket(family, kind, proto)
+        try:
+            sock.setblocking(False)
+            if local_addr is not None:
+                sock.bind(local_addr)
+            await loop.sock_connect(sock, address)
+        except OSError as error:
+            sock.close()
+            failed = error
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return await asyncio.open_connection(sock=sock)
+    raise failed
+
+
+async def _addresses(loop: asyncio.AbstractEventLoop, host: str, port: int) -> Any:
+    """What getaddrinfo says; an address in digits asks nobody."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            socket.inet_pton(family, host)
+            return [(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port))]
+    return await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+
+
+class StampedAsyncio:
+    """The module `asyncio` for mitmproxy's server, but for connections on StampedSockets."""
+
+    open_connection = staticmethod(open_connection)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
 
 
 class SocketStamps:
     """When one socket was last read, and when bytes of its current request were written.
 
     A chunk that is handled after the next read came carries that later stamp: never too early, and
-    then seen as coalesced.
+    then seen as coalesced. `lag_us` is how late the last read was; NO_STAMP where the kernel had
+    no stamp for it.
     """
 
-    __slots__ = ("first_write_ns", "last_write_ns", "on_write", "read_ns", "requests")
+    __slots__ = (
+        "clock",
+        "feed",
+        "first_write_ns",
+        "lag_us",
+        "last_write_ns",
+        "on_write",
+        "read_ns",
+        "relay",
+        "requests",
+        "sock",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, clock: KernelClock, io: Any) -> None:
+        self.clock = clock
         self.first_write_ns = self.last_write_ns = self.read_ns = self.requests = 0
+        self.lag_us = NO_STAMP
         self.on_write: Callable[[bytes], None] | None = None  # called once, with the next write
+        self.sock = stamped_socket(io.writer)
+        self.relay: Any = None  # what may take a read before mitmproxy sees it
+        self.feed = io.reader.feed_data
+        self._watch_reads(io.reader)
+        self._watch_writes(io.writer)
 
-    def watch_reads(self, reader: Any) -> None:
+    def note_read(self) -> None:
+        """The transport has just read: keep when the kernel had it."""
+        user_ns = monotonic_ns()
+        kernel_unix_ns = self.sock.kernel_unix_ns if self.sock is not None else 0
+        self.read_ns, self.lag_us = self.clock.place(kernel_unix_ns, user_ns)
+
+    def _watch_reads(self, reader: Any) -> None:
         """Stamp what the transport feeds an asyncio StreamReader."""
-        feed = reader.feed_data
 
         def stamped(data: bytes) -> None:
-            self.read_ns = time.monotonic_ns()
-            feed(data)
+            self.note_read()
+            if self.relay is None or not self.relay.take(data):
+                self.feed(data)
 
         reader.feed_data = stamped
 
-    def watch_writes(self, writer: Any) -> None:
+    def _watch_writes(self, writer: Any) -> None:
         """Stamp every write of an asyncio StreamWriter."""
         write = writer.write
 
@@ -49,38 +211,51 @@ class SocketStamps:
 
         writer.write = stamped
 
+    def reset_at_close(self) -> None:
+        """End the connection as its other side ended: by a reset, not by an end of file."""
+        if self.sock is not None:
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+
     def reset(self) -> None:
         """The next write begins another request."""
         self.first_write_ns = self.last_write_ns = 0
 
 
+def stamped_socket(writer: Any) -> StampedSocket | None:
+    """The StampedSocket under an asyncio StreamWriter; None where the stream has another."""
+    wrapped = writer.get_extra_info("socket")
+    sock = getattr(wrapped, "_sock", wrapped)
+    return sock if isinstance(sock, StampedSocket) else None
+
+
 class ClientConnection:
     """One client connection and the upstream sockets that mitmproxy opened for it."""
 
-    __slots__ = ("connecting", "number", "socket", "upstreams")
+    __slots__ = ("clock", "connecting", "number", "socket", "upstreams")
 
-    def __init__(self, number: int, io: Any) -> None:
+    def __init__(self, number: int, clock: KernelClock, io: Any) -> None:
         self.number = number
-        self.socket = SocketStamps()
-        self.socket.watch_reads(io.reader)
-        self.socket.watch_writes(io.writer)
+        self.clock = clock
+        self.socket = SocketStamps(clock, io)
         self.upstreams: dict[str, SocketStamps] = {}
-        self.connecting = False  # an upstream connection was asked for and is not there yet
+        self.connecting = 0  # upstream connections that were asked for and are not there yet
 
-    def connected(self, server_id: str, io: Any) -> None:
+    def connected(self, server_id: str, io: Any) -> SocketStamps:
         """Watch a new upstream socket."""
-        self.connecting = False
-        stamps = self.upstreams[server_id] = SocketStamps()
-        stamps.watch_writes(io.writer)
-        stamps.watch_reads(io.reader)
+        self.connecting = max(0, self.connecting - 1)
+        stamps = self.upstreams[server_id] = SocketStamps(self.clock, io)
+        return stamps
 
     def next_request(self) -> None:
         """What an early reply left unsent of the request before belongs to nobody."""
-        self.connecting = False
+        self.connecting = 0
         for stamps in self.upstreams.values():
             stamps.reset()
 
 
-def read_ns(stamps: SocketStamps | None) -> int:
-    """The socket's last read, or now where the socket is not watched."""
-    return stamps.read_ns if stamps and stamps.read_ns else time.monotonic_ns()
+def read_stamp(stamps: SocketStamps | None) -> tuple[int, int]:
+    """(monotonic ns, lateness in us) of a socket's last read; now, where it is not watched."""
+    return (
+        (stamps.read_ns, stamps.lag_us) if stamps and stamps.read_ns else (monotonic_ns(), NO_STAMP)
+    )

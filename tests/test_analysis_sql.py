@@ -12,7 +12,7 @@ from rows import MS, make_tape, streamed_row
 from tokentape.analysis.catalogue import metrics
 from tokentape.analysis.modules import SQL_FOLDER, SqlObject, load_order
 from tokentape.analysis.session import Session, connect
-from tokentape.traces.schema import OUTCOMES
+from tokentape.traces.words import OUTCOMES
 
 Row = dict[str, Any]
 

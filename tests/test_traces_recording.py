@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from conftest import fill
-from tokentape.traces.check import check
+from tokentape.traces.check import Finding, check
 from tokentape.traces.errors import TapeError
 from tokentape.traces.reader import open_tape
 from tokentape.traces.recording import MEMORY_BYTES, Recorder
@@ -125,7 +125,7 @@ now = time.monotonic_ns()
 finish(recorder, begin(recorder, now), now)
 begin(recorder, now)
 recorder.flush()
-print(recorder._process.pid, flush=True)
+print(recorder._life.process.pid, flush=True)
 sys.stdin.read()
 """
 
@@ -185,20 +185,24 @@ def test_a_writer_that_dies_costs_rows_that_are_counted_and_nothing_else(tmp_pat
     finish(recorder, begin(recorder, now), now)
     recorder.flush()
     wait_for(lambda: open_tape(tmp_path / "a.tape").unsealed_rows == 1, "journaled")
-    os.kill(recorder._process.pid, signal.SIGKILL)
-    recorder._process.wait()
+    os.kill(recorder._life.process.pid, signal.SIGKILL)
+    recorder._life.process.wait()
     for _ in range(3):
         finish(recorder, begin(recorder, now), now)
         recorder.flush()
     summary = recorder.finish()
-    assert troubles == ["the writer process died: traffic goes on, no more is recorded"]
-    assert (summary.seen, summary.rows, summary.losses) == (4, 1, {"writer_died": 3})
-    assert open_tape(tmp_path / "a.tape").losses == {"writer_died": 3}
+    assert troubles == ["the writer process died: traffic goes on; a new one is started"]
+    assert (summary.seen, summary.rows, summary.losses) == (4, 3, {"killed": 1})
+    tape = open_tape(tmp_path / "a.tape")
+    assert (tape.rows, tape.losses, tape.unsealed_rows) == (3, {"killed": 1}, 0)
+    assert sum(tape.facts["lost_reads"].values()) == summary.lost_reads == 3
+    assert check(tape) == [Finding("warning", str(tape.path), "lost: killed", 1)]
+    assert [f.name for f in (tape.path / "journal").iterdir()] == ["lock"]
 
 
 def test_a_stuck_writer_bounds_memory_then_drops_detail_and_counts_it(tmp_path: Path) -> None:
     recorder = start(tmp_path / "a.tape")
-    os.kill(recorder._process.pid, signal.SIGSTOP)
+    os.kill(recorder._life.process.pid, signal.SIGSTOP)
     now = time.monotonic_ns()
     stream = begin(recorder, now)
     piece = event("x" * 100_000)
@@ -206,7 +210,7 @@ def test_a_stuck_writer_bounds_memory_then_drops_detail_and_counts_it(tmp_path: 
     for _ in range(pieces):
         recorder.reply_data(stream, now + 5_000_000, piece)
     assert recorder._waiting_bytes < MEMORY_BYTES + (2 << 20)
-    os.kill(recorder._process.pid, signal.SIGCONT)
+    os.kill(recorder._life.process.pid, signal.SIGCONT)
     recorder.close(stream, now + 6_000_000, {"outcome": "ok", "send_ns": now + 1_000_000})
     summary = recorder.finish()
     assert (summary.seen, summary.rows) == (1, 1)
@@ -252,7 +256,9 @@ def test_a_full_disk_loses_rows_by_count_and_keeps_what_is_journaled(small_disk:
     assert open_tape(tape).losses == summary.losses
     assert open_tape(tape).unsealed_rows == summary.unsealed
     filler.unlink()
-    assert recover(tape).rows == summary.unsealed
+    recovered = recover(tape)
+    assert recovered.rows - recovered.cut == summary.unsealed
+    assert open_tape(tape).rows + sum(open_tape(tape).losses.values()) == 51
     assert not [f for f in check(open_tape(tape)) if f.severity == "error"]
 
 
@@ -305,13 +311,13 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_traces_recording import begin, finish, start
 recorder = start(Path(sys.argv[1]))
-print(recorder._process.pid, flush=True)
+print(recorder._life.process.pid, flush=True)
 now = time.monotonic_ns()
 for n in range(60):
     if n == 20:
         recorder._hand_over()
-        select.select([recorder._channel.sock], [], [])  # a note for us, which we leave unread
-        os.kill(recorder._process.pid, signal.SIGSTOP)
+        select.select([recorder._life.channel.sock], [], [])  # a note for us, which we leave unread
+        os.kill(recorder._life.process.pid, signal.SIGSTOP)
     finish(recorder, begin(recorder, now + n), now + n)
     if n == 40:
         recorder._hand_over()
@@ -331,14 +337,14 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_pieces_that_were_dropped_leave_no_false_prompt_structure(tmp_path: Path) -> None:
     recorder = start(tmp_path / "a.tape")
-    os.kill(recorder._process.pid, signal.SIGSTOP)
+    os.kill(recorder._life.process.pid, signal.SIGSTOP)
     now = time.monotonic_ns()
     filler = begin(recorder, now)
     while recorder._waiting_bytes <= MEMORY_BYTES:
         recorder.reply_data(filler, now, b"x" * 200_000)
     stream = recorder.open(now + 1, {}, HEAD)
     recorder.request_body(stream, now, BODY)
-    os.kill(recorder._process.pid, signal.SIGCONT)
+    os.kill(recorder._life.process.pid, signal.SIGCONT)
     recorder.mark(stream, "request_end_ns", now)
     recorder.close(stream, now, {"outcome": "client_abort"})
     recorder.close(filler, now, {"outcome": "client_abort"})

@@ -16,9 +16,11 @@ from tokentape.traces.identity import request_id
 from tokentape.traces.privacy import Privacy
 from tokentape.traces.schema import INSTANTS, INTEGER_BOUNDS, allowed
 from tokentape.traces.wire import Reply, ReplyParser, read_request, reply_parser, wire_format
+from tokentape.traces.wire.chunked import ChunkDecoder
 from tokentape.traces.wire.reply import StreamParser
 
 MAX_BODY_BYTES = 64 << 20  # a longer request body is not parsed; its bytes still count
+MAX_BODIES_BYTES = 256 << 20  # of all requests together that wait to be parsed
 CREDENTIALS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
 MAX_ENDPOINT_CHARS = 256
 METHODS = (b"GET", b"HEAD", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE")
@@ -29,6 +31,7 @@ _ALWAYS_SOUND = frozenset(
 )
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _UINT32_END = 1 << 32
+_REPLY = (blocks.REPLY_CHUNKED, blocks.REPLY_DATA)
 _decode = msgspec.msgpack.Decoder().decode
 
 
@@ -54,13 +57,15 @@ class OpenRequest:
     __slots__ = (
         "body",
         "body_bytes",
-        "dropped",
+        "framing",
         "journaled",
+        "lag_max_us",
         "last_ns",
         "parser",
         "read",
         "reply_bytes",
         "row",
+        "stamps_missing",
     )
 
     def __init__(self, row: dict[str, Any]) -> None:
@@ -71,6 +76,9 @@ class OpenRequest:
         self.read = 0
         self.last_ns = 0
         self.reply_bytes = 0
+        self.framing: ChunkDecoder | None = None
+        self.lag_max_us = -1  # of the reads that the kernel stamped
+        self.stamps_missing = False  # a read of the reply has the process's own stamp
         self.journaled = (0, 0)
 
 
@@ -84,21 +92,26 @@ class Assembler:
         self._allowed = allowed(privacy.mode)
         self.open: dict[int, OpenRequest] = {}
         self.seen = 0
+        self.reads = 0  # pieces of replies
+        self.lost_reads = 0  # of requests that another writer had, or whose row is closed
+        self._bodies_bytes = 0
 
     def take(self, block: memoryview) -> None:
         """Read every record of a block."""
         at, end = 0, len(block)
         unpack, size = blocks.RECORD.unpack_from, blocks.RECORD.size
         while at < end:
-            kind, stream, t_ns, length = unpack(block, at)
+            kind, stream, t_ns, lag_us, length = unpack(block, at)
             at += size
             payload = bytes(block[at : at + length])
             at += length
             try:
-                if kind == blocks.REPLY_DATA:
-                    self._reply_data(stream, t_ns, payload)
+                if kind in _REPLY:
+                    self.reads += 1
+                    self._reply_data(kind, stream, t_ns, lag_us, payload)
                 else:
                     self._control(kind, stream, t_ns, payload)
+                    self._late(kind, stream, lag_us)
             except Exception:  # noqa: BLE001 - one odd request must not end the recording of others
                 self._spoil(kind, stream, t_ns)
 
@@ -119,13 +132,39 @@ class Assembler:
             self._reply_head(stream, request, t_ns, payload)
         elif kind == blocks.CLOSE:
             self._close(stream, request, t_ns, _decode(payload))
+        else:
+            self._unkept(kind, request, blocks.LENGTH.unpack(payload)[0])
+
+    def _unkept(self, kind: int, request: OpenRequest, size: int) -> None:
+        """Body bytes that passed, and that nobody will read."""
+        if kind == blocks.UNKEPT_REPLY:
+            request.reply_bytes += size
+        else:
+            request.body_bytes += size
+            self._give_up_body(request)
+
+    def _late(self, kind: int, stream: int, lag_us: int) -> None:
+        """Keep the longest time that a read of this request waited for the process."""
+        request = self.open.get(stream)
+        if request is not None and lag_us != blocks.NO_STAMP and lag_us > request.lag_max_us:
+            request.lag_max_us = lag_us
+        elif request is not None and kind == blocks.REPLY_HEAD and lag_us == blocks.NO_STAMP:
+            request.stamps_missing = True
+
+    def _give_up_body(self, request: OpenRequest) -> None:
+        """The body will not be parsed; its bytes still count."""
+        if request.body is not None:
+            self._bodies_bytes -= len(request.body)
+            request.body = None
+            request.row["parse_status"] = "partial"
 
     def _spoil(self, kind: int, stream: int, t_ns: int) -> None:
         """A record could not be read: its request goes on with bytes and times only."""
         request = self.open.get(stream)
         if request is None:
             return
-        request.parser = request.body = None
+        self._give_up_body(request)
+        request.parser = None
         request.row["parse_status"] = "error"
         if kind == blocks.CLOSE:
             kept = {n: v for n, v in request.row.items() if n in _ALWAYS_SOUND}
@@ -135,7 +174,9 @@ class Assembler:
     def _gap(self, request: OpenRequest) -> None:
         """Pieces were dropped here: neither a body nor a reply with a hole is believed."""
         if request.parser is None:
-            request.body = None
+            self._give_up_body(request)
+        if request.framing is not None:
+            request.framing.lose_place()
         request.row["parse_status"] = "partial"
 
     def _open(self, stream: int, t_ns: int, payload: bytes) -> None:
@@ -170,8 +211,12 @@ class Assembler:
 
     def _request_body(self, request: OpenRequest, data: bytes) -> None:
         request.body_bytes += len(data)
-        if request.body is not None and request.body_bytes <= MAX_BODY_BYTES:
-            request.body += data
+        if request.body is None:
+            return
+        request.body += data
+        self._bodies_bytes += len(data)
+        if len(request.body) > MAX_BODY_BYTES or self._bodies_bytes > MAX_BODIES_BYTES:
+            self._give_up_body(request)
 
     def _mark(self, stream: int, request: OpenRequest, t_ns: int, column: str) -> None:
         request.row[column] = t_ns
@@ -181,11 +226,15 @@ class Assembler:
 
     def _read_request(self, stream: int, request: OpenRequest) -> None:
         """Parse the request's body once, and let go of it."""
-        if request.body is None:
-            return
-        body, request.body = bytes(request.body), None
         columns: dict[str, Any] = {"prompt_bytes": request.body_bytes}
-        if body and request.body_bytes <= MAX_BODY_BYTES:
+        if request.body is not None:
+            body, request.body = bytes(request.body), None
+            self._bodies_bytes -= len(body)
+        elif request.row.get("prompt_bytes") is None and request.body_bytes:
+            body = b""  # given up
+        else:
+            return
+        if body:
             facts = read_request(request.row["endpoint"], body)
             columns |= facts.columns | self._privacy.blocks(facts.prompt)
         request.row.update(columns)
@@ -213,10 +262,21 @@ class Assembler:
             encoding or "",
         )
 
-    def _reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
+    def _reply_data(self, kind: int, stream: int, t_ns: int, lag_us: int, data: bytes) -> None:
         request = self.open.get(stream)
         if request is None:
+            self.lost_reads += 1
             return
+        if kind == blocks.REPLY_CHUNKED:
+            if request.framing is None:
+                request.framing = ChunkDecoder()
+            data = request.framing.feed(data)
+            if not data:  # framing only
+                return
+        if lag_us == blocks.NO_STAMP:
+            request.stamps_missing = True
+        elif lag_us > request.lag_max_us:
+            request.lag_max_us = lag_us
         if t_ns != request.last_ns:
             request.read += 1
             request.last_ns = t_ns
@@ -232,6 +292,9 @@ class Assembler:
         row.setdefault("end_ns", t_ns)
         if row.get("http_status") is not None:
             row["response_bytes"] = request.reply_bytes
+            row.setdefault("event_clock", "callback" if request.stamps_missing else "kernel")
+        if request.lag_max_us >= 0:
+            row["lag_max_us"] = request.lag_max_us
         if request.parser is not None:
             reply = request.parser.finish(t_ns, row["outcome"] == "ok")
             _merge_reply(row, reply, streamed=isinstance(request.parser, StreamParser))

@@ -15,9 +15,20 @@ SLOT_BYTES = 1 << 20
 SLOTS = 32  # 32 MiB between the hot process and a writer that stalls
 MAX_PAYLOAD_BYTES = 256 << 10  # longer data is split, so that a record always fits a slot
 
-# One record: kind, stream, CLOCK_MONOTONIC ns, payload length; then the payload.
-RECORD = struct.Struct("<BIqI")
+# One record: kind, stream, CLOCK_MONOTONIC ns, how late the process read it in us, length of the
+# payload; then the payload. REPLY_CHUNKED is REPLY_DATA with its chunk framing, UNKEPT_REQUEST and
+# UNKEPT_REPLY carry a length only.
+RECORD = struct.Struct("<BIqII")
 OPEN, REQUEST_BODY, MARK, REPLY_HEAD, REPLY_DATA, CLOSE, TELEMETRY, GAP = range(8)
+REPLY_CHUNKED, UNKEPT_REQUEST, UNKEPT_REPLY = range(8, 11)
+NO_STAMP = (1 << 32) - 1  # in place of the lateness: the stamp is the process's own
+LENGTH = struct.Struct("<Q")
+
+# The counter page of a hot process, as 64-bit numbers: requests opened, pieces of replies, where in
+# the shared memory the slot in hand begins (NO_SLOT: nowhere), and how much of it is filled.
+OPENED, READS, SLOT_AT, SLOT_FILL = range(4)
+NO_SLOT = 1 << 63
+COUNTER_BYTES = 4096
 
 _FULL, _FREE, _NOTE = b"F"[0], b"R"[0], b"N"[0]
 _SLOT = struct.Struct("<BHI")
@@ -100,7 +111,7 @@ class BlockSender:
             if not message:
                 self.alive = False
             elif message[0] == _FREE:
-                self._free.append(_SLOT.unpack(message)[1])
+                self._free.appendleft(_SLOT.unpack(message)[1])  # the warm one goes first
             else:
                 notes.append(message[1:])
         return notes
@@ -133,6 +144,10 @@ class BlockReceiver:
         _, self._slot, size = _SLOT.unpack(message)
         at = self._slot * SLOT_BYTES
         return self._view[at : at + size], None
+
+    def slot(self, at: int, size: int) -> memoryview:
+        """Part of the memory by its place."""
+        return self._view[at : at + size]
 
     def release(self) -> None:
         """Give the last block's slot back."""

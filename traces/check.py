@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokentape.traces.reader import Tape
-from tokentape.traces.schema import CLOCKS, OUTCOMES, REQUESTS
+from tokentape.traces.schema import REQUESTS
+from tokentape.traces.words import CLOCKS, OUTCOMES
 
 # Instants of one row in the order in which they can happen; a later one may not precede an earlier.
 IN_ORDER = (

@@ -31,10 +31,10 @@ def wall_unix_ns() -> int:
     return time.time_ns()
 
 
-def take_anchor() -> Anchor:
-    """The (wall, monotonic) pair with the narrowest bracket out of ANCHOR_TRIES reads."""
+def take_anchor(tries: int = ANCHOR_TRIES) -> Anchor:
+    """The (wall, monotonic) pair with the narrowest bracket out of `tries` reads."""
     best = None
-    for _ in range(ANCHOR_TRIES):
+    for _ in range(tries):
         before = time.monotonic_ns()
         wall = time.time_ns()
         after = time.monotonic_ns()

@@ -11,13 +11,14 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tokentape.traces.clock import wall_unix_ns
 from tokentape.traces.errors import TapeError
 from tokentape.traces.identity import tape_id
-from tokentape.traces.schema import FORMAT_VERSION, ROLES
+from tokentape.traces.words import FORMAT_VERSION, ROLES
 
 FACTS_NAME = "tape.json"
 LOCK_NAME = "journal/lock"
@@ -89,6 +90,22 @@ def replace_facts(tape: Path, facts: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(tape)
+
+
+@contextlib.contextmanager
+def changing(tape: Path) -> Iterator[dict[str, Any]]:
+    """tape.json to change in place, written when the block ends; one process at a time.
+
+    Several writers may have a tape; each adds what it knows.
+    """
+    fd = os.open(tape, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        facts = read_facts(tape)
+        yield facts
+        replace_facts(tape, facts)
+    finally:
+        os.close(fd)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from itertools import groupby
 
-from tokentape.traces import schema
+from tokentape.traces import schema, words
 
 HEAD = """\
 # The tape, format {version}
@@ -43,9 +43,9 @@ def markdown() -> str:
 
 def _lines() -> Iterator[str]:
     yield HEAD.format(
-        version=schema.FORMAT_VERSION,
-        modes=", ".join(f"`{m}`" for m in schema.MODES),
-        roles=", ".join(f"`{r}`" for r in schema.ROLES),
+        version=words.FORMAT_VERSION,
+        modes=", ".join(f"`{m}`" for m in words.MODES),
+        roles=", ".join(f"`{r}`" for r in words.ROLES),
     )
     yield f"## Requests\n\n{len(schema.COLUMNS)} columns, in groups; every one may be NULL.\n"
     for group, columns in groupby(schema.COLUMNS, key=lambda c: c.group):
@@ -60,8 +60,8 @@ def _lines() -> Iterator[str]:
         told = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
         yield _row(f"`{field.name}`", _type(str(field.type)), told.get("unit", ""), told["meaning"])
     yield "\n## Values\n"
-    yield f"- `outcome`: {_named(schema.OUTCOMES)}"
-    yield f"- clocks, best first: {_named(schema.CLOCKS)}; a row keeps its worst"
+    yield f"- `outcome`: {_named(words.OUTCOMES)}"
+    yield f"- clocks, best first: {_named(words.CLOCKS)}; a row keeps its worst"
     yield f"- `cls`: {_numbered(schema.EVENT_CLASSES)}"
     yield f"- `aux_cls`: {_numbered(schema.AUX_CLASSES)}"
     yield ""

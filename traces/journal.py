@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-OPEN, COLUMNS, EVENTS, ROW, TELEMETRY, CLOCK = 0, 1, 2, 3, 4, 5
+OPEN, COLUMNS, EVENTS, ROW, TELEMETRY, CLOCK, COUNTS = 0, 1, 2, 3, 4, 5, 6
 RACES = 10  # a reader that loses this often against a writer's rotation sees an empty journal
 _HEAD = struct.Struct("<II")
 _MAGIC = b"tokentape journal 1\n"
@@ -38,8 +38,11 @@ _DTYPES = {"I": np.uint32, "H": np.uint16}
 class Journal:
     """Appends records; `flush` hands them to the kernel, `rotate` starts the next file."""
 
-    def __init__(self, tape: Path, incarnation: str, clock: dict[str, Any]) -> None:
+    def __init__(
+        self, tape: Path, incarnation: str, clock: dict[str, Any], *, fsync: bool = False
+    ) -> None:
         self._folder = tape / "journal"
+        self._fsync = fsync
         self._incarnation = incarnation
         self._clock = clock
         self._number = 0
@@ -54,10 +57,16 @@ class Journal:
         self._buffer += payload
 
     def flush(self) -> None:
-        """Hand the buffer to the kernel, from where it survives this process; OSError when full."""
+        """Hand the buffer to the kernel, from where it survives this process; OSError when full.
+
+        With `fsync` it is on the disk after this, and survives a power cut.
+        """
+        some = bool(self._buffer)
         while self._buffer:
             written = os.write(self._fd, self._buffer)
             del self._buffer[:written]
+        if some and self._fsync:
+            os.fdatasync(self._fd)
 
     @property
     def buffered_bytes(self) -> int:

@@ -10,11 +10,13 @@ import secrets
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokentape.traces.errors import UsageError
-from tokentape.traces.schema import Mode
-from tokentape.traces.wire import Prompt
+from tokentape.traces.words import Mode
+
+if TYPE_CHECKING:
+    from tokentape.traces.wire import Prompt
 
 KEY_BYTES = 32
 BLOCK_TOKENS = 128  # keeps a long prompt's hashes at one 64-bit number for about 512 bytes of text
@@ -39,7 +41,7 @@ class Privacy:
             value, digest_size=8, key=self.key, person=domain.encode()
         ).hexdigest()
 
-    def blocks(self, prompt: Prompt | None) -> dict[str, Any]:
+    def blocks(self, prompt: "Prompt | None") -> dict[str, Any]:
         """The block columns of a prompt; none where the mode forbids them or there is no prompt."""
         if self.mode == "none" or prompt is None:
             return {}

@@ -7,14 +7,12 @@ bounded, then event detail is dropped, then whole requests, and each drop is cou
 
 import asyncio
 import contextlib
-import json
 import os
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ import msgspec
 from tokentape.traces import blocks
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import TapeError
-from tokentape.traces.recover import recover_locked
+from tokentape.traces.writer_life import WriterLife
 
 FLUSH_EVERY_S = 0.1
 MEMORY_BYTES = (
@@ -64,6 +62,7 @@ class Summary:
     """What became of everything seen: seen = rows + unsealed + the losses of whole rows.
 
     `unsealed` rows are safe in the journal, but a full disk kept them from their segment.
+    `lost_reads` are pieces of replies that no row holds, because a process was killed.
     """
 
     seen: int
@@ -71,6 +70,7 @@ class Summary:
     events: int
     losses: dict[str, int] = field(default_factory=dict)
     unsealed: int = 0
+    lost_reads: int = 0
 
 
 class Recorder:
@@ -81,33 +81,31 @@ class Recorder:
         tape: Path,
         lock_fd: int,
         hello: dict[str, Any],
-        on_trouble: Callable[[str], None],
+        on_trouble: Callable[[str], None] = say,
     ) -> None:
+        """A recorder on a tape whose lock is held; it takes over `lock_fd`.
+
+        `hello` is what the writer must know: worker, content, key, fsync. TapeError when it does
+        not start.
+        """
         self.tape = tape
         self._lock_fd = lock_fd
+        self._hello = hello
         self._on_trouble = on_trouble
         self._waiting: deque[bytearray] = deque()
         self._waiting_bytes = 0
         self._streams = 0
         self._dropped: dict[int, int] = {}
+        self._paused = self._shedding = self._given_up = False  # shedding: details are dropped
         self.losses: dict[str, int] = {}
-        self._summary: dict[str, Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._told_dead = False
-        self._channel, writer_socket, memory_fd = blocks.channel_pair()
-        command = [sys.executable, "-m", "tokentape.traces.writer_process"]
-        command += [str(writer_socket.fileno()), str(memory_fd), str(lock_fd)]
-        self._process = subprocess.Popen(
-            command,
-            pass_fds=(writer_socket.fileno(), memory_fd, lock_fd),
-            start_new_session=True,  # Ctrl-C is for the hot process; the writer ends after it
-            stdin=subprocess.DEVNULL,
-        )
-        writer_socket.close()
-        os.close(memory_fd)
-        self._channel.note(json.dumps({"tape": str(tape), **hello}).encode())
-        self._wait_ready()
-        self._sender = blocks.BlockSender(self._channel)
+        self._past = _Past()
+        self._dead: WriterLife | None = None
+        self._life = WriterLife(tape, lock_fd, hello, on_trouble)
+        if not self._life.wait_ready():
+            code = self._life.process.wait()
+            raise TapeError(f"{tape}: the writer process did not start (exit {code})")
+        self._counters = self._life.counters
         # Records are packed straight into a free slot; into a bytearray while there is none.
         self._block: Any = bytearray()
         self._begin = self._at = self._end = 0
@@ -117,92 +115,99 @@ class Recorder:
         cls,
         tape: Path,
         *,
-        role: str,
-        command: list[str],
-        options: dict[str, Any],
-        facts: dict[str, Any],
         content: str = "structure",
         key: bytes = b"",
-        force: bool = False,
-        append: bool = False,
         worker: str = "w0",
+        fsync: bool = False,
         on_trouble: Callable[[str], None] = say,
+        **about: Any,
     ) -> "Recorder":
-        """A recorder on a new tape, or on an old one of the same role when `append` is set.
+        """A recorder on a new tape, or on an old one: the arguments of `make_ready` and these.
 
-        Appending first seals what an earlier life left in the journal. TapeError when the tape
-        cannot be written.
+        TapeError when the tape cannot be written.
         """
-        if append and (tape / tape_facts.FACTS_NAME).is_file() and not force:
-            old = tape_facts.read_facts(tape)
-            if old["role"] != role or old.get("content") != content:
-                raise TapeError(
-                    f"{tape}: is a {old['role']} with content {old.get('content')}; "
-                    "choose another --tape"
-                )
-            if old.get("key_id") != facts.get("key_id"):
-                raise TapeError(
-                    f"{tape}: was written under another key, so its prefixes would not match; "
-                    "give the same --key-file, or choose another --tape"
-                )
-            if old.get("candidate", {}).get("url") != facts.get("candidate", {}).get("url"):
-                raise TapeError(
-                    f"{tape}: was captured from {old.get('candidate', {}).get('url')}; "
-                    "choose another --tape for another upstream"
-                )
-            lock_fd = tape_facts.lock(tape)
-            recover_locked(tape)
-        else:
-            first = tape_facts.new_facts(
-                role,
-                command=command,
-                options=options,
-                facts={"content": content, **facts},
-                wall_epoch_unix_ns=None,
-            )
-            tape_facts.create_tape(tape, first, force=force)
-            lock_fd = tape_facts.lock(tape)
-        hello = {"worker": worker, "content": content, "key": key.hex()}
+        from tokentape.traces.prepare import make_ready
+
+        lock_fd = make_ready(tape, content=content, **about)
+        hello = {"worker": worker, "content": content, "key": key.hex(), "fsync": fsync}
         return cls(tape, lock_fd, hello, on_trouble)
 
     # -- the hot path ---------------------------------------------------------------------------
+    # `lag_us` is how late this process read what the kernel had stamped with `t_ns`; NO_STAMP says
+    # that the stamp is the process's own. Data may be any buffer; it is copied here.
 
     def open(
         self,
         t_ns: int,
         row: dict[str, Any],
         head: tuple[bytes, bytes, list[tuple[bytes, bytes]]] | None = None,
+        lag_us: int = blocks.NO_STAMP,
     ) -> int:
         """Begin a request: ready columns, and the raw head (method, target, headers) to be read."""
-        if self._waiting_bytes > 2 * MEMORY_BYTES:
-            self._lose("rows_dropped")
+        if self._paused or self._given_up or self._waiting_bytes > 2 * MEMORY_BYTES:
+            self._lose(self._why_not())
             return 0
         self._streams += 1
+        self._counters[blocks.OPENED] += 1
         if head is not None:
             method, target, headers = head
             head = (method[:32], target[:MAX_VALUE_BYTES], _read_later(headers))
-        self._put(blocks.OPEN, self._streams, t_ns, _encode([row, head]))
+        self._put(blocks.OPEN, self._streams, t_ns, lag_us, _encode([row, head]))
         return self._streams
 
-    def request_body(self, stream: int, t_ns: int, data: bytes) -> None:
+    def request_body(
+        self, stream: int, t_ns: int, data: bytes, lag_us: int = blocks.NO_STAMP
+    ) -> None:
         """A piece of the client's request body."""
-        self._data(blocks.REQUEST_BODY, stream, t_ns, data)
+        self._data(blocks.REQUEST_BODY, stream, t_ns, lag_us, data)
 
-    def mark(self, stream: int, column: str, t_ns: int) -> None:
+    def mark(self, stream: int, column: str, t_ns: int, lag_us: int = blocks.NO_STAMP) -> None:
         """Stamp an instant column of an open request."""
         if stream:
-            self._put(blocks.MARK, stream, t_ns, column.encode())
+            self._put(blocks.MARK, stream, t_ns, lag_us, column.encode())
 
     def reply_head(
-        self, stream: int, t_ns: int, status: int, headers: list[tuple[bytes, bytes]]
+        self,
+        stream: int,
+        t_ns: int,
+        status: int,
+        headers: list[tuple[bytes, bytes]],
+        lag_us: int = blocks.NO_STAMP,
     ) -> None:
         """The reply's status and headers."""
         if stream:
-            self._put(blocks.REPLY_HEAD, stream, t_ns, _encode([status, _read_later(headers)]))
+            payload = _encode([status, _read_later(headers)])
+            self._put(blocks.REPLY_HEAD, stream, t_ns, lag_us, payload)
 
-    def reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
+    def reply_data(
+        self, stream: int, t_ns: int, data: bytes, lag_us: int = blocks.NO_STAMP
+    ) -> None:
         """A piece of the reply's body without transfer framing; parts of a read share a stamp."""
-        self._data(blocks.REPLY_DATA, stream, t_ns, data)
+        self._data(blocks.REPLY_DATA, stream, t_ns, lag_us, data)
+
+    def reply_chunked(
+        self, stream: int, t_ns: int, data: bytes | memoryview, lag_us: int = blocks.NO_STAMP
+    ) -> None:
+        """A piece of the reply's body with its chunk framing."""
+        size = len(data)
+        at = self._at
+        body = at + _RECORD_BYTES
+        end = body + size
+        if end > self._end or self._shedding or not stream:
+            self._data(blocks.REPLY_CHUNKED, stream, t_ns, lag_us, data)
+            return
+        _pack_into(self._block, at, blocks.REPLY_CHUNKED, stream, t_ns, lag_us, size)
+        self._block[body:end] = data
+        self._at = end
+        counters = self._counters
+        counters[blocks.READS] += 1
+        counters[blocks.SLOT_FILL] = end - self._begin
+
+    def unkept(self, stream: int, t_ns: int, size: int, *, reply: bool) -> None:
+        """Body bytes that passed and are counted only."""
+        if stream:
+            kind = blocks.UNKEPT_REPLY if reply else blocks.UNKEPT_REQUEST
+            self._put(kind, stream, t_ns, blocks.NO_STAMP, blocks.LENGTH.pack(size))
 
     def close(self, stream: int, t_ns: int, row: dict[str, Any]) -> None:
         """End a request: its outcome and last columns."""
@@ -211,29 +216,36 @@ class Recorder:
         dropped = self._dropped.pop(stream, 0)
         if dropped:
             row = row | {"events_dropped": dropped}
-        self._put(blocks.CLOSE, stream, t_ns, _encode(row))
+        self._put(blocks.CLOSE, stream, t_ns, blocks.NO_STAMP, _encode(row))
 
     def telemetry(
         self, t_ns: int, end_ns: int, source: str, samples: list[tuple[str, str, float]]
     ) -> None:
         """Samples (name, labels as JSON, value) of one source, taken between the two instants."""
-        self._put(blocks.TELEMETRY, 0, t_ns, _encode([end_ns, source, samples]))
+        self._put(blocks.TELEMETRY, 0, t_ns, blocks.NO_STAMP, _encode([end_ns, source, samples]))
 
-    def _data(self, kind: int, stream: int, t_ns: int, data: bytes) -> None:
+    def _data(
+        self, kind: int, stream: int, t_ns: int, lag_us: int, data: bytes | memoryview
+    ) -> None:
         if not stream:
             return
-        if self._waiting_bytes > MEMORY_BYTES:
+        if self._shedding:
             if stream not in self._dropped:
                 self._dropped[stream] = 0
-                self._put(blocks.GAP, stream, t_ns, b"")
-            self._dropped[stream] += kind == blocks.REPLY_DATA
-        elif len(data) <= blocks.MAX_PAYLOAD_BYTES:
-            self._put(kind, stream, t_ns, data)
+                self._put(blocks.GAP, stream, t_ns, lag_us, b"")
+            self._dropped[stream] += kind != blocks.REQUEST_BODY
+            return
+        self._counters[blocks.READS] += kind != blocks.REQUEST_BODY
+        if len(data) <= blocks.MAX_PAYLOAD_BYTES:
+            self._put(kind, stream, t_ns, lag_us, data)
         else:
             for at in range(0, len(data), blocks.MAX_PAYLOAD_BYTES):
-                self._put(kind, stream, t_ns, data[at : at + blocks.MAX_PAYLOAD_BYTES])
+                piece = data[at : at + blocks.MAX_PAYLOAD_BYTES]
+                self._put(kind, stream, t_ns, lag_us, piece)
 
-    def _put(self, kind: int, stream: int, t_ns: int, payload: bytes) -> None:
+    def _put(
+        self, kind: int, stream: int, t_ns: int, lag_us: int, payload: bytes | memoryview
+    ) -> None:
         size = len(payload)
         if size > _LARGEST_PAYLOAD:
             self._lose("records_too_large")
@@ -244,19 +256,46 @@ class Recorder:
             self._next_block()
             at = self._at
             body = at + _RECORD_BYTES
-        _pack_into(self._block, at, kind, stream, t_ns, size)
+        _pack_into(self._block, at, kind, stream, t_ns, lag_us, size)
         self._at = body + size
         self._block[body : self._at] = payload
+        self._counters[blocks.SLOT_FILL] = self._at - self._begin
 
     def _next_block(self) -> None:
         """Hand over the block in hand, go on in a free slot, or in memory when there is none."""
         self._hand_over()
-        slot = None if self._waiting else self._sender.claim()
+        sender = self._life.sender
+        slot = None if self._waiting else sender.claim()
+        self._counters[blocks.SLOT_FILL] = 0
         if slot is None:
             self._block, self._begin = bytearray(blocks.SLOT_BYTES), 0
         else:
-            self._block, self._begin = self._sender.memory, slot
+            self._block, self._begin = sender.memory, slot
+            self._counters[blocks.SLOT_AT] = slot
         self._at, self._end = self._begin, self._begin + blocks.SLOT_BYTES
+
+    def pause(self, *, paused: bool) -> None:
+        """Stop recording, or go on with it: what passes meanwhile is counted, not kept."""
+        self._paused = paused
+        self._shed()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What waits in memory for the writer process."""
+        return self._waiting_bytes
+
+    @property
+    def reads_dropped(self) -> int:
+        """Pieces of replies that still run and were not kept."""
+        return sum(self._dropped.values())
+
+    def _why_not(self) -> str:
+        if self._given_up:
+            return "writer_died"
+        return "rows_paused" if self._paused else "rows_dropped"
+
+    def _shed(self) -> None:
+        self._shedding = self._paused or self._waiting_bytes > MEMORY_BYTES
 
     def _lose(self, reason: str, n: int = 1) -> None:
         self.losses[reason] = self.losses.get(reason, 0) + n
@@ -266,42 +305,58 @@ class Recorder:
     def flush(self) -> None:
         """Send what is buffered; what finds no free slot waits in bounded memory."""
         self._hand_over()
-        for note in self._sender.poll():
-            self._heed(json.loads(note))
-        while self._waiting and self._sender.send(self._waiting[0]):
+        self._life.poll()
+        sender = self._life.sender
+        while self._waiting and sender.send(self._waiting[0]):
             self._waiting_bytes -= len(self._waiting.popleft())
-        if not self._sender.alive:
-            self._waiting.clear()
-            self._waiting_bytes = 0
-            if self._summary is None and not self._told_dead:
-                self._told_dead = True
-                self._on_trouble("the writer process died: traffic goes on, no more is recorded")
+        if not sender.alive and self._life.summary is None:
+            self._succeed()
+        self._shed()
 
     def _hand_over(self) -> None:
         """Send the slot in hand, or let its bytearray wait; the next record begins a new block."""
         size = self._at - self._begin
+        self._counters[blocks.SLOT_AT] = blocks.NO_SLOT  # first: better lost than taken twice
         if isinstance(self._block, bytearray):
             if size:
                 del self._block[size:]
                 self._waiting.append(self._block)
                 self._waiting_bytes += size
+                self._shed()
         elif not size:
-            self._sender.unclaim(self._begin)
+            self._life.sender.unclaim(self._begin)
         else:
-            self._sender.commit(self._begin, size)
+            self._life.sender.commit(self._begin, size)
         self._block = bytearray()
         self._begin = self._at = self._end = 0
+
+    def _succeed(self) -> None:
+        """The writer died: start the next one, which seals and counts what this one left."""
+        if self._given_up:
+            return
+        dead = self._life
+        if self._dead is not dead:
+            self._dead = dead
+            self._on_trouble("the writer process died: traffic goes on; a new one is started")
+            self._past.add(dead.ready)
+            dead.bury()
+        self._waiting.clear()  # what it was sent last is lost as well, and counted by the next one
+        self._waiting_bytes = 0
+        self._past.deaths += 1
+        if self._past.deaths > MAX_DEATHS:
+            self._given_up = True
+            self._on_trouble("the writer process died too often: no more is recorded")
+            return
+        with contextlib.suppress(OSError):  # no process to be had now: the next flush tries again
+            self._life = WriterLife(
+                self.tape, self._lock_fd, self._hello, self._on_trouble, heir_of=dead
+            )
+            self._counters = self._life.counters
 
     def flush_every(self, loop: asyncio.AbstractEventLoop) -> None:
         """Flush from now on each FLUSH_EVERY_S on this loop, until `finish`."""
         self._timer = loop.call_later(FLUSH_EVERY_S, self.flush_every, loop)
         self.flush()
-
-    def _heed(self, note: dict[str, Any]) -> None:
-        if "trouble" in note:
-            self._on_trouble(note["trouble"])
-        if "summary" in note:
-            self._summary = note["summary"]
 
     def finish(self, facts: dict[str, Any] | None = None) -> Summary:
         """Hand everything over, wait until it is sealed, add `facts` to tape.json.
@@ -314,50 +369,71 @@ class Recorder:
         deadline = time.monotonic() + FINISH_TIMEOUT_S
         while True:
             self.flush()
-            if not self._waiting or not self._sender.alive or time.monotonic() > deadline:
+            done = not self._waiting and self._life.ready is not None
+            if done or not self._life.sender.alive or time.monotonic() > deadline:
                 break
             time.sleep(0.005)
-        self._ask_to_finish(facts or {}, deadline)
-        self._channel.close()
+        life = self._life
+        life.ask_to_finish(facts or {}, self.losses, deadline)
         try:
-            return Summary(**self._summary) if self._summary else self._salvage(facts or {})
+            self._past.add(life.ready)
+            if life.summary is not None:
+                return self._past.summary(**life.summary)
+            return self._salvage(facts or {})
         finally:
             os.close(self._lock_fd)
 
-    def _ask_to_finish(self, facts: dict[str, Any], deadline: float) -> None:
-        if self._sender.alive:
-            self._channel.sock.setblocking(True)
-            self._channel.note(json.dumps({"finish": facts, "losses": self.losses}).encode())
-            self._channel.sock.setblocking(False)
-        while self._summary is None and self._sender.alive and time.monotonic() < deadline:
-            for note in self._sender.poll():
-                self._heed(json.loads(note))
-            time.sleep(0.005)
-        if self._summary is None:
-            self._process.kill()
-        self._process.wait()
-
     def _salvage(self, facts: dict[str, Any]) -> Summary:
-        """The writer is dead: seal its journal, count the rest."""
-        recovered = recover_locked(self.tape)
-        lost = max(self._streams - recovered.rows_on_tape, 0)
-        if lost:
-            self._lose("writer_died", lost)
-        seen = self._streams + self.losses.get("rows_dropped", 0)
-        tape = tape_facts.read_facts(self.tape) | facts
-        tape["losses"] = tape["losses"] | {self._incarnation: self.losses}
-        tape["seen"] = tape.get("seen", {}) | {self._incarnation: seen}
-        tape_facts.replace_facts(self.tape, tape)
-        return Summary(seen, seen - sum(self.losses.values()), recovered.events, self.losses)
+        """The last writer is dead: seal its journal, count the rest."""
+        from tokentape.traces.recover import recover_incarnation
 
-    def _wait_ready(self) -> None:
-        self._channel.sock.settimeout(30)
-        try:
-            ready = self._channel.sock.recv(1 << 16)
-        except OSError:
-            ready = b""
-        if ready:
-            self._incarnation = json.loads(ready[1:])["ready"]
-        else:
-            code = self._process.wait()
-            raise TapeError(f"{self.tape}: the writer process did not start (exit {code})")
+        recovered = recover_incarnation(self.tape, self._life.incarnation)
+        self._past.add(asdict(recovered))
+        with tape_facts.changing(self.tape) as tape:
+            tape.update(facts)
+            if self.losses:
+                name = self._life.incarnation
+                tape["losses"][name] = tape["losses"].get(name, {}) | self.losses
+                seen = tape.setdefault("seen", {})
+                seen[name] = seen.get(name, 0) + sum(self.losses.values())
+        seen = sum(self.losses.values())
+        return self._past.summary(seen, 0, 0, self.losses)
+
+
+MAX_DEATHS = 5  # of writers in a row of one recorder, before it gives up
+
+
+class _Past:
+    """What dead writers left on the tape, by what was recovered of each."""
+
+    def __init__(self) -> None:
+        self.deaths = 0
+        self._rows = self._events = self._killed = self._lost_reads = 0
+
+    def add(self, recovered: dict[str, int] | None) -> None:
+        """Count what one recovery found: `Recovered` as a dictionary."""
+        if recovered is not None:
+            self._rows += recovered["rows_on_tape"]
+            self._events += recovered["events"]
+            self._killed += recovered["lost_requests"]
+            self._lost_reads += recovered["lost_reads"]
+
+    def summary(
+        self,
+        seen: int,
+        rows: int,
+        events: int,
+        losses: dict[str, int],
+        unsealed: int = 0,
+        lost_reads: int = 0,
+    ) -> Summary:
+        """The last writer's summary with all before it."""
+        killed = {"killed": self._killed + losses.get("killed", 0)} if self._killed else {}
+        return Summary(
+            seen + self._rows + self._killed,
+            rows + self._rows,
+            events + self._events,
+            losses | killed,
+            unsealed,
+            lost_reads + self._lost_reads,
+        )

@@ -1,28 +1,44 @@
 """Seals what a dead process left in a tape's journal. The only reader that writes, under the lock.
 
 Finished rows become rows; requests that were open become rows with outcome `cut`, with every event
-that reached the journal. A torn tail of a journal is dropped: it is at most the last half second.
+that reached the journal. A torn tail of a journal is dropped: it is at most the last half second,
+and what it held is counted, by the page in which the hot process counts what it saw.
 """
 
 import os
-from dataclasses import dataclass
+from array import array
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from tokentape.traces import facts as tape_facts
 from tokentape.traces import journal
 from tokentape.traces.assemble import stream_columns
+from tokentape.traces.journal_files import counter_path
+from tokentape.traces.schema import INSTANTS
 from tokentape.traces.writer import TRACE_CLOCK, TapeWriter
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What was sealed; `rows_on_tape` counts all rows of the incarnations that it touched."""
+    """What was sealed, and what was seen and never reached the journal.
+
+    `rows_on_tape` counts all rows of the incarnations that were touched.
+    """
 
     rows: int
     cut: int
     events: int
     rows_on_tape: int
+    lost_requests: int = 0
+    lost_reads: int = 0
+
+    def __add__(self, other: "Recovered") -> "Recovered":
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Recovered(*(a + b for a, b in pairs))
+
+
+NOTHING = Recovered(0, 0, 0, 0)
 
 
 def recover(tape: Path) -> Recovered:
@@ -36,29 +52,81 @@ def recover(tape: Path) -> Recovered:
 
 
 def recover_locked(tape: Path) -> Recovered:
-    """As recover, for a caller that holds the lock."""
-    rows = cut = events = on_tape = 0
+    """As recover, for a caller that holds the lock and knows that no writer lives."""
+    done = NOTHING
     for incarnation, file in list(journal.leftovers(tape)):
-        sealed = journal.sealed_ids(tape, incarnation)
-        left = replay_journal(file)
-        fresh = [r for r in left.finished if r["request_id"] not in sealed] + left.cut
-        worker = incarnation.partition("-")[0]
-        writer = TapeWriter(tape, -1, left.clock, worker, heir_of=incarnation)
-        for row in fresh:
-            writer.append(row)
-        for sample in left.telemetry:
-            writer.append_telemetry(tuple(sample))
-        writer.seal()
-        file.unlink()
-        rows, cut, events = rows + len(fresh), cut + len(left.cut), events + writer.events_written
-        on_tape += len(sealed) + len(fresh)
-        writer.update_facts(
-            seen=writer.facts.get("seen", {}) | {incarnation: len(sealed) + len(fresh)}
-        )
-    for file in (tape / "journal").iterdir():  # superseded files, half-written ones, the reserve
-        if file.name != "lock":
+        done += _recover_file(tape, incarnation, file)
+    for file in (tape / "journal").iterdir():  # superseded files, half-written ones, reserves
+        if file.name != Path(tape_facts.LOCK_NAME).name:
             file.unlink()
-    return Recovered(rows, cut, events, on_tape)
+    return done
+
+
+def recover_incarnation(tape: Path, incarnation: str) -> Recovered:
+    """Seal what one dead incarnation left, while others may live."""
+    done = NOTHING
+    for name, file in list(journal.leftovers(tape)):
+        if name == incarnation:
+            done += _recover_file(tape, incarnation, file)
+    for file in (tape / "journal").glob(f"{incarnation}[.-]*"):
+        file.unlink(missing_ok=True)
+    return done
+
+
+def _recover_file(tape: Path, incarnation: str, file: Path) -> Recovered:
+    sealed = journal.sealed_ids(tape, incarnation)
+    left = replay_journal(file)
+    fresh = [r for r in left.finished if r["request_id"] not in sealed] + left.cut
+    worker = incarnation.partition("-")[0]
+    writer = TapeWriter(tape, -1, left.clock, worker, heir_of=incarnation)
+    for row in fresh:
+        writer.append(row)
+    for sample in left.telemetry:
+        writer.append_telemetry(tuple(sample))
+    writer.seal()
+    opened, reads = _counted(tape, incarnation)
+    on_tape = len(sealed) + len(fresh)
+    lost = max(opened - left.seen, 0)
+    lost_reads = max(reads - left.reads, 0)
+    with tape_facts.changing(tape) as facts:
+        if incarnation in facts.get("seen", {}):  # its writer could still say what it lost
+            lost = lost_reads = 0
+            _take_back(facts, incarnation, on_tape)
+        else:
+            _count_killed(facts, incarnation, on_tape, lost, lost_reads)
+    file.unlink()
+    counter_path(tape, incarnation).unlink(missing_ok=True)
+    return Recovered(len(fresh), len(left.cut), writer.events_written, on_tape, lost, lost_reads)
+
+
+def _count_killed(
+    facts: dict[str, Any], incarnation: str, on_tape: int, lost: int, lost_reads: int
+) -> None:
+    """Say of an incarnation that was killed what it had seen, and what of it is nowhere."""
+    facts["seen"] = facts.get("seen", {}) | {incarnation: on_tape + lost}
+    if lost:
+        facts["losses"][incarnation] = {"killed": lost}
+    if lost_reads:
+        facts["lost_reads"] = facts.get("lost_reads", {}) | {incarnation: lost_reads}
+
+
+def _take_back(facts: dict[str, Any], incarnation: str, on_tape: int) -> None:
+    """Rows that were given up, and of which the journal held something after all, are not lost."""
+    losses = facts["losses"].get(incarnation, {})
+    found = on_tape + sum(losses.values()) - facts["seen"][incarnation]
+    for reason in [r for r in losses if r == "disk_full"]:
+        losses[reason] -= min(max(found, 0), losses[reason])
+        if not losses[reason]:
+            del losses[reason]
+
+
+def _counted(tape: Path, incarnation: str) -> tuple[int, int]:
+    """(requests opened, pieces of replies) as the hot process counted them; 0 when it did not."""
+    try:
+        page = array("Q", counter_path(tape, incarnation).read_bytes()[:16])
+    except (OSError, ValueError):
+        return 0, 0
+    return (page[0], page[1]) if len(page) == 2 else (0, 0)
 
 
 @dataclass
@@ -69,6 +137,8 @@ class Leftover:
     finished: list[dict[str, Any]]
     cut: list[dict[str, Any]]
     telemetry: list[Any]
+    seen: int = 0  # requests that had reached the writer by the last flush, sealed ones included
+    reads: int = 0  # as had pieces of replies
 
 
 def replay_journal(file: Path) -> Leftover:
@@ -93,6 +163,8 @@ def replay_journal(file: Path) -> Leftover:
             left.finished.append(journal.unpack_row(fields))
         elif kind == journal.TELEMETRY:
             left.telemetry += fields
+        elif kind == journal.COUNTS:
+            left.seen, left.reads = stream, fields
     left.cut = [_cut_row(row, events.get(stream)) for stream, row in opened.items()]
     return left
 
@@ -104,13 +176,14 @@ def _no_events() -> list[Any]:
 def _cut_row(row: dict[str, Any], arrays: list[Any] | None) -> dict[str, Any]:
     """A request that was open when its process died: everything that is known of it."""
     row["outcome"] = "cut"
+    known = [row[n] for n in INSTANTS if row.get(n) is not None]
     if arrays is None:
-        row.setdefault("end_ns", row["arrival_ns"])
+        row["end_ns"] = max(known)
         return row
     t_ns, ntok, cls, choice, aux_t_ns, aux_cls = arrays
     stream_columns(row, t_ns, ntok, cls, choice if any(choice) else None, aux_t_ns, aux_cls)
     if t_ns:
         row["first_content_ns"], row["last_content_ns"] = t_ns[0], t_ns[-1]
-    row["end_ns"] = max([row["arrival_ns"], *t_ns[-1:], *aux_t_ns[-1:]])
+    row["end_ns"] = max([*known, *t_ns[-1:], *aux_t_ns[-1:]])
     row["ntok_source"] = "cut"
     return row

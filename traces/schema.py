@@ -2,29 +2,15 @@
 
 FORMAT.md is generated from this file (`python -m tokentape.traces.format_doc`). Adding a nullable column is
 a minor version, changing the meaning of one is a major version; readers refuse a higher major.
-This module must never import anything of tokentape.
+This module must never import anything of tokentape but its words.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import pyarrow as pa
 
-FORMAT_VERSION = "1.0"
-
-ROLES = ("capture", "replay", "simulation", "import")
-OUTCOMES = (
-    "ok",
-    "http_error",
-    "stream_error",
-    "client_abort",
-    "upstream_abort",
-    "timeout",
-    "connect_error",
-    "cut",
-)
-CLOCKS = ("kernel", "callback", "coroutine", "wall")  # best first; a row keeps its worst
+from tokentape.traces.words import MODES, Mode
 
 # `cls`: what an event carries. EMPTY stands for tokens that left no text (a special token).
 TEXT, REASONING, TOOL, EMPTY = 0, 1, 2, 3
@@ -32,9 +18,6 @@ EVENT_CLASSES = ("text", "reasoning", "tool", "empty")
 # `aux_cls`: stream messages that are not events.
 ROLE, USAGE, FINISH, DONE, PING, ERROR, OTHER = 0, 1, 2, 3, 4, 5, 6
 AUX_CLASSES = ("role", "usage", "finish", "done", "ping", "error", "other")
-
-Mode = Literal["none", "structure", "full"]
-MODES: tuple[Mode, ...] = ("none", "structure", "full")  # each holds what the one before it holds
 
 uuid_t = pa.uuid()
 text = pa.string()

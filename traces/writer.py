@@ -20,7 +20,8 @@ from tokentape.traces import facts as tape_facts
 from tokentape.traces.clock import wall_unix_ns
 from tokentape.traces.columns import requests_table, telemetry_table
 from tokentape.traces.identity import incarnation
-from tokentape.traces.schema import FORMAT_VERSION, REQUESTS, TELEMETRY
+from tokentape.traces.schema import REQUESTS, TELEMETRY
+from tokentape.traces.words import FORMAT_VERSION
 
 ROW_GROUP_ROWS = (
     4_000  # about 1 M events: the size that DuckDB reads fastest, see docs/performance.md
@@ -54,19 +55,28 @@ class TapeWriter:
     """
 
     def __init__(
-        self, tape: Path, lock_fd: int, clock: dict[str, Any], worker: str, *, heir_of: str = ""
+        self,
+        tape: Path,
+        lock_fd: int,
+        clock: dict[str, Any],
+        worker: str,
+        *,
+        name: str = "",
+        heir_of: str = "",
     ) -> None:
         self.tape = tape
         self.facts = tape_facts.read_facts(tape)
         self.worker = worker
         # What a dead incarnation left is sealed under its name, so that nothing is sealed twice.
-        self.incarnation = f"{heir_of}-r{secrets.token_hex(3)}" if heir_of else incarnation(worker)
+        own = name or incarnation(worker)
+        self.incarnation = f"{heir_of}-r{secrets.token_hex(3)}" if heir_of else own
         self.clock = clock
         self.rows_written = 0
         self.events_written = 0
         self.segments_sealed = 0
         self.losses: dict[str, int] = {}
         self.seen = 0  # requests opened; 0 for an import, which counts its own
+        self.lost_reads = 0  # pieces of replies that were seen and are in no row
         self.pending_bytes = 0
         self._lock_fd = lock_fd
         self._rows: list[dict[str, Any]] = []
@@ -149,11 +159,16 @@ class TapeWriter:
 
     def update_facts(self, **changes: Any) -> None:
         """Change tape.json, losses included; atomic."""
-        self.facts = tape_facts.read_facts(self.tape) | changes
-        for name, mine in (("losses", self.losses), ("seen", self.seen)):
-            if mine:
-                self.facts[name] = self.facts.get(name, {}) | {self.incarnation: mine}
-        tape_facts.replace_facts(self.tape, self.facts)
+        with tape_facts.changing(self.tape) as facts:
+            facts.update(changes)
+            for name, mine in (
+                ("losses", self.losses),
+                ("seen", self.seen),
+                ("lost_reads", self.lost_reads),
+            ):
+                if mine:
+                    facts[name] = facts.get(name, {}) | {self.incarnation: mine}
+            self.facts = facts
 
     def close(self, **changes: Any) -> None:
         """Seal the rest, write the last facts, let go of the lock."""

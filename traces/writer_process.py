@@ -12,32 +12,38 @@ import os
 import signal
 import sys
 import time
+from array import array
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tokentape.traces import journal as journals
 from tokentape.traces.assemble import Assembler
-from tokentape.traces.blocks import BlockReceiver, Channel, open_channel
+from tokentape.traces.blocks import NO_SLOT, BlockReceiver, Channel, open_channel
 from tokentape.traces.clock import TapeClock, take_anchor
 from tokentape.traces.facts import read_facts
 from tokentape.traces.journal import Journal
+from tokentape.traces.journal_files import counter_path, reserve_path
 from tokentape.traces.privacy import Privacy
+from tokentape.traces.recover import NOTHING, recover_incarnation
 from tokentape.traces.writer import SEAL_BYTES, TapeWriter
 
 NICENESS = 10
 JOURNAL_EVERY_S = 0.5  # a kill -9 of this process loses at most this plus the block on its way
 SEAL_EVERY_S = 60.0
-RESERVE_NAME = "journal/reserve"
 RESERVE_BYTES = 32 << 10  # held back for tape.json when the disk is full
 RETRY_EVERY_S = 5.0  # after a write failed
+NEVER_OPENED = ("rows_dropped", "rows_paused", "writer_died")  # losses that the writer never saw
 MEMORY_BYTES = 256 << 20  # rows that cannot be sealed
 
 
 class TapeSink:
     """Takes what the assembler finds to the journal and to the segments; survives a full disk."""
 
-    def __init__(self, writer: TapeWriter, channel: Channel) -> None:
+    def __init__(self, writer: TapeWriter, channel: Channel, *, fsync: bool) -> None:
         self.writer = writer
+        self._fsync = fsync
+        self._counts = (0, 0)
         self.journal: Journal | None = None
         self._channel = channel
         self._assembler: Assembler | None = None
@@ -49,7 +55,7 @@ class TapeSink:
         """The assembler whose open requests a new journal repeats."""
         self._assembler = assembler
         self._guard(self._open_journal)
-        reserve = self.writer.tape / RESERVE_NAME
+        reserve = reserve_path(self.writer.tape, self.writer.incarnation)
         self._guard(lambda: reserve.write_bytes(bytes(RESERVE_BYTES)))
 
     def opened(self, stream: int, row: dict[str, Any]) -> None:
@@ -72,6 +78,7 @@ class TapeSink:
         assert self._assembler is not None
         for stream, raw in self._assembler.new_events():
             self._journal(journals.EVENTS, stream, raw)
+        self._journal_counts()
         now = time.monotonic()
         if now < self._try_again_at:
             return
@@ -85,6 +92,14 @@ class TapeSink:
         if self.writer.pending_bytes > MEMORY_BYTES:
             self.writer.drop_pending("disk_full")
 
+    def _journal_counts(self) -> None:
+        """How much of what the hot process counts is in the journal with this flush."""
+        assert self._assembler is not None
+        counts = (self._assembler.seen, self._assembler.reads)
+        if counts != self._counts:
+            self._counts = counts
+            self._journal(journals.COUNTS, *counts)
+
     def finish(self, facts: dict[str, Any]) -> int:
         """Seal the rest for good; the rows that only the journal holds, where the disk is full."""
         self._add_anchor()
@@ -93,6 +108,7 @@ class TapeSink:
             self._guard(lambda: self.writer.update_facts(**facts))
             if self.journal is not None:
                 self.journal.close()
+            counter_path(self.writer.tape, self.writer.incarnation).unlink(missing_ok=True)
             return 0
         unsealed = self._keep_journal()
         lost = self.writer.seen - self.writer.rows_written - unsealed
@@ -111,7 +127,7 @@ class TapeSink:
 
     def _free_reserve(self) -> None:
         """Room for tape.json, so that losses can be written on a full disk."""
-        (self.writer.tape / RESERVE_NAME).unlink(missing_ok=True)
+        reserve_path(self.writer.tape, self.writer.incarnation).unlink(missing_ok=True)
 
     def _add_anchor(self) -> None:
         """The anchor in force and the latest one: enough to see and to undo a drift."""
@@ -125,16 +141,20 @@ class TapeSink:
         assert self._assembler is not None
         self._add_anchor()
         if self.writer.seal() and self.journal is not None:
-            self.journal.rotate(
-                record
-                for stream, row, events in self._assembler.snapshot()
-                for record in _open_records(stream, row, events)
-            )
+            self.journal.rotate(self._still_open())
             if self.writer.losses:
                 self.writer.update_facts()
 
+    def _still_open(self) -> Any:
+        """What a new journal begins with."""
+        assert self._assembler is not None
+        yield journals.COUNTS, self._assembler.seen, self._assembler.reads
+        for stream, row, events in self._assembler.snapshot():
+            yield from _open_records(stream, row, events)
+
     def _open_journal(self) -> None:
-        self.journal = Journal(self.writer.tape, self.writer.incarnation, self.writer.clock)
+        writer = self.writer
+        self.journal = Journal(writer.tape, writer.incarnation, writer.clock, fsync=self._fsync)
 
     def _guard(self, action: Any) -> bool:
         """Run a disk action; False when the disk refused, said once until it works again."""
@@ -188,6 +208,14 @@ def pump(receiver: BlockReceiver, assembler: Assembler, sink: TapeSink) -> dict[
             due = time.monotonic() + JOURNAL_EVERY_S
 
 
+def take_unsent(receiver: BlockReceiver, assembler: Assembler, counter: Path) -> None:
+    """The hot process died: what it had begun to fill is still in the shared memory."""
+    with contextlib.suppress(OSError, ValueError):
+        at, size = array("Q", counter.read_bytes()[16:32])
+        if size and at < NO_SLOT:
+            assembler.take(receiver.slot(at, size))
+
+
 def main() -> None:
     """Serve one tape: descriptors of socket, memory and lock in argv, the rest in a note."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -199,18 +227,23 @@ def main() -> None:
     hello = json.loads(receiver.receive(30.0)[1] or b"{}")
     tape = Path(hello["tape"])
     clock = TapeClock.start(read_facts(tape)["wall_epoch_unix_ns"], hello["worker"])
-    writer = TapeWriter(tape, lock_fd, clock.footer(), hello["worker"])
-    sink = TapeSink(writer, channel)
+    name = hello["incarnation"]
+    recovered = recover_incarnation(tape, hello["heir_of"]) if hello["heir_of"] else NOTHING
+    writer = TapeWriter(tape, lock_fd, clock.footer(), hello["worker"], name=name)
+    sink = TapeSink(writer, channel, fsync=hello["fsync"])
     assembler = Assembler(clock, Privacy(hello["content"], bytes.fromhex(hello["key"])), sink)
     sink.attach(assembler)
     gc.collect()
     gc.freeze()
-    tell(channel, ready=writer.incarnation)
+    tell(channel, ready=asdict(recovered))
     end = pump(receiver, assembler, sink)
+    if not end:
+        take_unsent(receiver, assembler, counter_path(tape, name))
     assembler.cut(time.monotonic_ns())
     hot_losses = end.get("losses", {})
     writer.losses |= hot_losses
-    writer.seen = assembler.seen + hot_losses.get("rows_dropped", 0)
+    writer.seen = assembler.seen + sum(hot_losses.get(n, 0) for n in NEVER_OPENED)
+    writer.lost_reads = assembler.lost_reads
     unsealed = sink.finish(end.get("finish", {}))
     summary = {
         "seen": writer.seen,
@@ -218,6 +251,7 @@ def main() -> None:
         "events": writer.events_written,
         "unsealed": unsealed,
         "losses": writer.losses,
+        "lost_reads": writer.lost_reads,
     }
     tell(channel, summary=summary)
 

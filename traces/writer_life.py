@@ -1,0 +1,122 @@
+"""One life of a writer process, seen from the hot process: its start, its channel, its end.
+
+The hot process outlives its writers: when one dies, the next life begins under a new name, seals
+what the dead one left in its journal, and counts what had not got there.
+"""
+
+import json
+import mmap
+import os
+import subprocess
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokentape.traces import blocks
+from tokentape.traces.identity import incarnation
+from tokentape.traces.journal_files import counter_path
+
+READY_TIMEOUT_S = 30.0
+
+
+class WriterLife:
+    """A writer process and the shared memory to it; `counters` is the page of `blocks`."""
+
+    def __init__(
+        self,
+        tape: Path,
+        lock_fd: int,
+        hello: dict[str, Any],
+        on_trouble: Callable[[str], None],
+        heir_of: "WriterLife | None" = None,
+    ) -> None:
+        """Start the process; OSError when it cannot be started. `ready` may come later."""
+        self._on_trouble = on_trouble
+        self.incarnation = incarnation(str(hello["worker"]))
+        self.began_s = time.monotonic()
+        self.ready: dict[str, int] | None = None  # what it recovered of the life before
+        self.summary: dict[str, Any] | None = None
+        self.counters = _counter_page(counter_path(tape, self.incarnation))
+        self.channel, writer_socket, memory_fd = blocks.channel_pair()
+        command = [sys.executable, "-m", "tokentape.traces.writer_process"]
+        command += [str(writer_socket.fileno()), str(memory_fd), str(lock_fd)]
+        try:
+            self.process = subprocess.Popen(
+                command,
+                pass_fds=(writer_socket.fileno(), memory_fd, lock_fd),
+                start_new_session=True,  # Ctrl-C is for the hot process; the writer ends after it
+                stdin=subprocess.DEVNULL,
+            )
+        finally:
+            writer_socket.close()
+            os.close(memory_fd)
+        about = {
+            "tape": str(tape),
+            "incarnation": self.incarnation,
+            "heir_of": heir_of.incarnation if heir_of else "",
+        }
+        self.channel.note(json.dumps(about | hello).encode())
+        self.sender = blocks.BlockSender(self.channel)
+
+    def wait_ready(self) -> bool:
+        """Wait for the process to say that it is ready; False when it ends instead."""
+        self.channel.sock.settimeout(READY_TIMEOUT_S)
+        try:
+            message = self.channel.sock.recv(1 << 16)
+        except OSError:
+            message = b""
+        self.channel.sock.setblocking(False)
+        if message:
+            self.ready = json.loads(message[1:])["ready"]
+        return bool(message)
+
+    def poll(self) -> None:
+        """Take the notes that came, and pass troubles on."""
+        for note in map(json.loads, self.sender.poll()):
+            self.ready = note.get("ready", self.ready)
+            self.summary = note.get("summary", self.summary)
+            if "trouble" in note:
+                self._on_trouble(note["trouble"])
+
+    def ask_to_finish(self, facts: dict[str, Any], losses: dict[str, int], deadline: float) -> None:
+        """Wait for the summary, until the process is gone or the time is up; it is dead after."""
+        if self.sender.alive:
+            self.channel.sock.setblocking(True)
+            try:
+                self.channel.note(json.dumps({"finish": facts, "losses": losses}).encode())
+            except OSError:
+                self.sender.alive = False
+            self.channel.sock.setblocking(False)
+        while self.summary is None and self.sender.alive and time.monotonic() < deadline:
+            self.poll()
+            time.sleep(0.002)
+        self._end()
+
+    def _end(self) -> None:
+        if self.summary is None:
+            self.process.kill()
+        self.process.wait()
+        self.sender.alive = False
+        self.channel.close()
+
+    def bury(self) -> None:
+        """Let go of a dead process."""
+        self._end()
+
+
+def _counter_page(path: Path) -> Any:
+    """A page of 64-bit counters that survives this process; of memory only, on a full disk."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, blocks.COUNTER_BYTES)  # else a full disk is a SIGBUS later
+            page = memoryview(mmap.mmap(fd, blocks.COUNTER_BYTES)).cast("Q")
+        finally:
+            os.close(fd)
+    except OSError:
+        page = memoryview(array("Q", bytes(blocks.COUNTER_BYTES)))
+    page[blocks.SLOT_AT] = blocks.NO_SLOT
+    return page
