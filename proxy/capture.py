@@ -1,107 +1,165 @@
-"""The capture command: a proxy in front of one upstream, and a tape behind it.
+"""The capture command: workers in front of one upstream, and a tape behind them.
 
 Runs until SIGINT or SIGTERM, then drains: streams in flight end, and only then is the tape sealed.
 """
 
 import asyncio
+import os
 import secrets
-import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from tokentape.proxy import master
-from tokentape.proxy.addon import Capture
-from tokentape.proxy.loop import RelayLoop
-from tokentape.proxy.options import CaptureOptions, checked_listen, checked_upstream
-from tokentape.proxy.pulse import Pulse
+from tokentape.proxy.options import (
+    BACKLOG,
+    CaptureOptions,
+    checked_listen,
+    checked_upstream,
+    to_json,
+)
+from tokentape.proxy.supervisor import Supervisor, bind
+from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import UsageError
-from tokentape.traces.facts import refuse_foreign
+from tokentape.traces.prepare import make_ready
 from tokentape.traces.privacy import KEY_BYTES, Privacy, load_key
-from tokentape.traces.recording import Recorder
+
+SEAL_TIMEOUT_S = 60.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class CaptureSummary:
-    """What was captured, and what was not."""
+    """What was captured, and what was not; seen = rows + unsealed + losses."""
 
-    seen: int
-    rows: int
-    events: int
-    losses: dict[str, int]
-    proxy_errors: int
+    seen: int = 0
+    rows: int = 0
+    events: int = 0
+    losses: dict[str, int] = field(default_factory=dict)
     unsealed: int = 0
+    lost_reads: int = 0
+    proxy_errors: int = 0
+
+    def add(self, seen: int, rows: int, events: int, losses: dict[str, int]) -> None:
+        """Add what one life of one worker had."""
+        self.seen += seen
+        self.rows += rows
+        self.events += events
+        for reason, n in losses.items():
+            self.losses[reason] = self.losses.get(reason, 0) + n
 
     def text(self) -> str:
         """One line for people."""
         lost = ", ".join(f"{n} lost ({reason})" for reason, n in sorted(self.losses.items()))
         tail = f"; {lost}" if lost else "; nothing lost"
+        if self.lost_reads:
+            tail += f"; {self.lost_reads} pieces of streams lost"
         if self.unsealed:
             tail += f"; {self.unsealed} wait in the journal for `tokentape recover`"
         errors = f"; {self.proxy_errors} proxy errors" if self.proxy_errors else ""
         return f"{self.seen} requests seen, {self.rows} rows, {self.events} events{tail}{errors}"
 
 
-def capture(options: CaptureOptions, on_ready: Callable[[str], None]) -> CaptureSummary:
+def capture(
+    options: CaptureOptions,
+    on_ready: Callable[[str], None],
+    watch: Callable[[Supervisor], Any] | None = None,
+) -> CaptureSummary:
     """Proxy and record until a signal; `on_ready` gets the URL that clients should use.
 
-    UsageError for an upstream or address that cannot be used, TapeError for the tape.
+    `watch` is called once with the running supervisor, in its event loop. UsageError for an
+    upstream or address that cannot be used, TapeError for the tape.
     """
     upstream = checked_upstream(options.upstream)
     host, port = checked_listen(options.listen)
-    refuse_foreign(options.tape)  # before a key is made beside it
+    tape_facts.refuse_foreign(options.tape)  # before a key is made beside it
     try:
-        bound = master.bind(host, port)
+        sockets = bind(host, port, options.workers, BACKLOG)
     except OSError as error:
         raise UsageError(
             f"--listen {options.listen}: {error.strerror}; choose another port, or 0 for a free one"
         ) from None
-    with bound:
-        recorder = _start(options, upstream)
-        at, number = bound.getsockname()[:2]
-        address = f"http://[{at}]:{number}" if ":" in at else f"http://{at}:{number}"
-        with asyncio.Runner(loop_factory=RelayLoop) as runner:
-            errors = runner.run(_run(options, upstream, bound, recorder, lambda: on_ready(address)))
-        done = recorder.finish()
-    return CaptureSummary(done.seen, done.rows, done.events, done.losses, errors, done.unsealed)
+    try:
+        lock_fd, key = _ready_tape(options, upstream)
+        before = set(tape_facts.read_facts(options.tape).get("seen", {}))
+        hello = {"options": to_json(options, upstream), "key": key.hex()}
+        url = _url(sockets[0], options)
+        with os.fdopen(lock_fd):
+            done, deaths = asyncio.run(_run(sockets, hello, lock_fd, lambda: on_ready(url), watch))
+            return _total(options, done, deaths, before)
+    finally:
+        for bound in sockets:
+            bound.close()
 
 
-def _start(options: CaptureOptions, upstream: str) -> Recorder:
-    """A recorder on the tape, new or going on, with the tape's key."""
+async def _run(
+    sockets: list[socket.socket],
+    hello: dict[str, Any],
+    lock_fd: int,
+    on_ready: Callable[[], None],
+    watch: Callable[[Supervisor], Any] | None,
+) -> tuple[list[dict[str, Any]], int]:
+    supervisor = Supervisor(sockets, hello, lock_fd)
+    watching = watch(supervisor) if watch is not None else None
+    try:
+        return await supervisor.run(on_ready), supervisor.deaths
+    finally:
+        if watching is not None:
+            watching.close()
+
+
+def _url(bound: socket.socket, options: CaptureOptions) -> str:
+    at, number = bound.getsockname()[:2]
+    scheme = "https" if options.certificate else "http"
+    return f"{scheme}://[{at}]:{number}" if ":" in at else f"{scheme}://{at}:{number}"
+
+
+def _ready_tape(options: CaptureOptions, upstream: str) -> tuple[int, bytes]:
+    """(the lock's descriptor, the tape's key) of the tape, new or going on."""
     if options.content == "none":
         key, key_id = secrets.token_bytes(KEY_BYTES), None  # groups callers within this life only
     else:
         key = load_key(options.tape, options.key_file)
         key_id = Privacy(options.content, key).key_id
-    return Recorder.start(
+    given = {"upstream": upstream, "listen": options.listen, "content": options.content}
+    lock_fd = make_ready(
         options.tape,
         role="capture",
         command=options.command,
-        options={"upstream": upstream, "listen": options.listen, "content": options.content},
+        options=given | {"workers": options.workers},
         facts={"candidate": {"url": upstream, "given": options.facts}, "key_id": key_id},
         content=options.content,
-        key=key,
-        force=options.force,
         append=True,
-        worker=options.worker,
     )
+    return lock_fd, key
 
 
-async def _run(
-    options: CaptureOptions,
-    upstream: str,
-    bound: socket.socket,
-    recorder: Recorder,
-    on_ready: Callable[[], None],
-) -> int:
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    recorder.flush_every(loop)
-    addon = Capture(recorder, options.worker)
-    pulse = Pulse(addon, recorder, options.worker, lambda _: None)
-    pulse.start(loop)
-    errors = await master.serve(options, upstream, bound, addon, stop, on_ready)
-    pulse.stop()
-    return errors + addon.errors
+def _total(
+    options: CaptureOptions, done: list[dict[str, Any]], deaths: int, before: set[str]
+) -> CaptureSummary:
+    """All lives of all workers: those that ended well told it, the others' tell their segments."""
+    total = CaptureSummary()
+    told = set(before)
+    for one in done:
+        total.add(one["seen"], one["rows"], one["events"], one["losses"])
+        total.unsealed += one["unsealed"]
+        total.lost_reads += one["lost_reads"]
+        total.proxy_errors += one["proxy_errors"]
+        told |= set(one["incarnations"])
+    if deaths:
+        from tokentape.traces.recover import seal_dead
+
+        seal_dead(options.tape, SEAL_TIMEOUT_S)
+        _add_dead(total, options, told)
+    return total
+
+
+def _add_dead(total: CaptureSummary, options: CaptureOptions, told: set[str]) -> None:
+    from tokentape.traces.reader import open_tape
+
+    tape = open_tape(options.tape)
+    for name, seen in tape.facts.get("seen", {}).items():
+        if name not in told:
+            own = [s for s in tape.segments if s.metadata.get("incarnation", "").startswith(name)]
+            losses = tape.facts["losses"].get(name, {})
+            total.add(seen, sum(s.rows for s in own), sum(s.events for s in own), losses)
+            total.lost_reads += tape.facts.get("lost_reads", {}).get(name, 0)

@@ -21,13 +21,12 @@ from mitmproxy.proxy import server as mitmproxy_server
 
 from tokentape.proxy import exact, traps
 from tokentape.proxy.addon import Capture
-from tokentape.proxy.options import CaptureOptions
+from tokentape.proxy.options import BACKLOG, CaptureOptions
 from tokentape.proxy.relay import missing_parts
 from tokentape.proxy.sockets import StampedAsyncio, StampedSocket
 from tokentape.traces.errors import TokentapeError
 from tokentape.traces.recording import say
 
-BACKLOG = 4096  # stock: 100, which refuses bursts of new connections
 DRAIN_POLL_S = 0.05
 SAID_ERRORS = 5  # further ones are only counted
 
@@ -49,24 +48,6 @@ class TapeInstance(mode_servers.AsyncioServerInstance[TapeMode]):
         """Serve the bound socket."""
         stamped = StampedSocket(fileno=self.bound.detach())
         return [await asyncio.start_server(self.handle_stream, sock=stamped, backlog=BACKLOG)]
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, port 0 for any; OSError when it is taken.
-
-    The protocol number matters: without it asyncio leaves Nagle's delay on for accepted sockets,
-    which adds 40 ms to short replies.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-        bound.listen(BACKLOG)
-    except OSError:
-        bound.close()
-        raise
-    return bound
 
 
 class ErrorCounter(logging.Handler):

@@ -1,7 +1,8 @@
 """What a capture is asked for, checked before anything is started."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from tokentape.traces.errors import UsageError
@@ -19,15 +20,29 @@ class CaptureOptions:
     key_file: Path | None = None
     facts: dict[str, str] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
-    force: bool = False
     drain_s: float = 30.0
-    worker: str = "w0"
     workers: int = 1  # processes that share the port
     fsync: bool = False  # the journal survives a power cut, not only a kill
     http2: bool = False  # on the listening side, where TLS offers it
     certificate: Path | None = None  # PEM with key and chain: the listening side speaks TLS
     upstream_ca: Path | None = None  # PEM of who signed the upstream's certificate
     metrics: str | None = None  # HOST:PORT of /metrics and /healthz
+
+
+BACKLOG = 4096  # stock: 100, which refuses bursts of new connections
+_PATHS = ("tape", "key_file", "certificate", "upstream_ca")
+
+
+def to_json(options: CaptureOptions, upstream: str) -> dict[str, Any]:
+    """Options for another process, with the checked upstream."""
+    plain = {n: str(v) if isinstance(v, Path) else v for n, v in asdict(options).items()}
+    return plain | {"upstream": upstream}
+
+
+def from_json(plain: dict[str, Any]) -> CaptureOptions:
+    """The inverse of to_json."""
+    paths = {n: Path(plain[n]) for n in _PATHS if plain[n] is not None}
+    return CaptureOptions(**(plain | paths))
 
 
 def checked_upstream(url: str) -> str:

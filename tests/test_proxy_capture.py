@@ -15,7 +15,7 @@ import pytest
 
 from conftest import fill
 from proxied import Stage, capturing, chunk, post, receive, scripted, staged, talk
-from tokentape.proxy import master
+from tokentape.proxy import supervisor
 from tokentape.proxy.addon import Capture, Exchange
 from tokentape.proxy.options import checked_listen, checked_upstream
 from tokentape.traces.check import check
@@ -472,7 +472,8 @@ def test_accepted_sockets_send_small_writes_at_once() -> None:
             found.set_result(accepted_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        with master.bind("127.0.0.1", 0) as listening:
+        (listening,) = supervisor.bind("127.0.0.1", 0, 1, 16)
+        with listening:
             server = await asyncio.start_server(accepted, sock=listening)
             with socket.create_connection(listening.getsockname()):
                 answer = await found

@@ -8,6 +8,7 @@ Only what has passed the privacy mode may be written here.
 """
 
 import contextlib
+import fcntl
 import os
 import struct
 import zlib
@@ -122,7 +123,9 @@ class Journal:
 
     def _create(self, path: Path) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        return os.open(path, flags, 0o600)
+        fd = os.open(path, flags, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)  # whoever gets it knows that the writer is dead
+        return fd
 
 
 def pack_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -177,6 +180,21 @@ def leftovers(tape: Path) -> Iterator[tuple[str, Path]]:
         incarnation, _, number = file.stem.rpartition("-")
         if f"{incarnation}-{int(number) + 1:05d}" not in stems:
             yield incarnation, file
+
+
+def is_alive(file: Path) -> bool:
+    """Whether the writer of a journal lives; a file that is gone has none."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def sealed_ids(tape: Path, incarnation: str) -> set[bytes]:

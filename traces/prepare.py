@@ -5,7 +5,6 @@ from typing import Any
 
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import TapeError
-from tokentape.traces.recover import recover_locked
 
 
 def make_ready(
@@ -27,7 +26,10 @@ def make_ready(
     if append and (tape / tape_facts.FACTS_NAME).is_file() and not force:
         _refuse_other(tape, role, content, facts)
         lock_fd = tape_facts.lock(tape)
-        recover_locked(tape)
+        if any((tape / "journal").glob("*.journal")):
+            from tokentape.traces.recover import recover_locked
+
+            recover_locked(tape)
         return lock_fd
     first = tape_facts.new_facts(
         role,

@@ -102,6 +102,7 @@ class Recorder:
         self._past = _Past()
         self._dead: WriterLife | None = None
         self._life = WriterLife(tape, lock_fd, hello, on_trouble)
+        self.incarnations = [self._life.incarnation]
         if not self._life.wait_ready():
             code = self._life.process.wait()
             raise TapeError(f"{tape}: the writer process did not start (exit {code})")
@@ -352,6 +353,7 @@ class Recorder:
                 self.tape, self._lock_fd, self._hello, self._on_trouble, heir_of=dead
             )
             self._counters = self._life.counters
+            self.incarnations.append(self._life.incarnation)
 
     def flush_every(self, loop: asyncio.AbstractEventLoop) -> None:
         """Flush from now on each FLUSH_EVERY_S on this loop, until `finish`."""

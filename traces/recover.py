@@ -6,6 +6,7 @@ and what it held is counted, by the page in which the hot process counts what it
 """
 
 import os
+import time
 from array import array
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class Recovered:
 
 
 NOTHING = Recovered(0, 0, 0, 0)
+POLL_S = 0.02
 
 
 def recover(tape: Path) -> Recovered:
@@ -71,6 +73,19 @@ def recover_incarnation(tape: Path, incarnation: str) -> Recovered:
     for file in (tape / "journal").glob(f"{incarnation}[.-]*"):
         file.unlink(missing_ok=True)
     return done
+
+
+def seal_dead(tape: Path, timeout_s: float) -> None:
+    """Wait until no journal is left: those of living writers, by themselves; of dead ones, by us.
+
+    For whoever holds the lock, when no hot process lives any more.
+    """
+    deadline = time.monotonic() + timeout_s
+    while (left := list(journal.leftovers(tape))) and time.monotonic() < deadline:
+        for incarnation, file in left:
+            if not journal.is_alive(file) and file.exists():
+                recover_incarnation(tape, incarnation)
+        time.sleep(POLL_S)
 
 
 def _recover_file(tape: Path, incarnation: str, file: Path) -> Recovered:

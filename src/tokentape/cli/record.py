@@ -45,6 +45,23 @@ def capture(
         ),
     ] = None,
     fact: Facts = None,
+    workers: Annotated[
+        int, typer.Option(metavar="N", min=1, max=256, help="Processes that share the port.")
+    ] = 1,
+    fsync: Annotated[
+        bool, typer.Option("--fsync", help="The journal survives a power cut, at some cost.")
+    ] = False,
+    cert: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Serve TLS with this PEM: private key and chain."),
+    ] = None,
+    upstream_ca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="PEM of the authority that signed the upstream."),
+    ] = None,
+    http2: Annotated[
+        bool, typer.Option("--http2", help="Offer HTTP/2 to clients; needs --cert.")
+    ] = False,
 ) -> None:
     """Record the traffic between clients and a server.
 
@@ -64,6 +81,11 @@ def capture(
         key_file=key_file,
         facts=facts,
         command=command_line(),
+        workers=workers,
+        fsync=fsync,
+        http2=http2,
+        certificate=cert,
+        upstream_ca=upstream_ca,
     )
     summary = run(options, lambda url: say(f"listening on {url}, recording to {tape}; Ctrl-C ends"))
     print_lines([summary.text()])
