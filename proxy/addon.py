@@ -5,6 +5,9 @@ since a callable that raises would lose its chunk. A record is closed exactly on
 reply have both ended, or when either broke off.
 """
 
+import asyncio
+import collections
+import functools
 import platform
 import time
 from collections.abc import Callable
@@ -15,12 +18,13 @@ from mitmproxy.connection import Client, ConnectionState
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from mitmproxy.tls import TlsData
 
+from tokentape.proxy import http2
 from tokentape.proxy.exact import raw_scanner
-from tokentape.proxy.relay import Relay, Relays, relayable
+from tokentape.proxy.relay import Relay, Relays, http_layer, relayable
 from tokentape.proxy.sockets import ClientConnection, KernelClock, SocketStamps, read_stamp
 from tokentape.traces.assemble import MAX_BODY_BYTES
 from tokentape.traces.blocks import NO_STAMP
-from tokentape.traces.recording import Recorder
+from tokentape.traces.recording import Recorder, say
 
 _STATE = "tokentape"
 
@@ -76,6 +80,7 @@ class Capture:
         self._upstreams: dict[str, SocketStamps] = {}
         self.open_flows: dict[str, http.HTTPFlow] = {}
         self.errors = 0
+        self._told_tls = False
 
     def note(self, connection_id: str, deviation: str) -> None:
         """A remedy of traps.py altered what passed on a connection."""
@@ -95,6 +100,8 @@ class Capture:
         if handler is not None:
             io = handler.transports[client]
             self._clients[client.id] = ClientConnection(self._connections, self.clock, io)
+            # Stock allows five upstream connections to each client connection: HTTP/2 streams wait.
+            handler.max_conns = collections.defaultdict(lambda: asyncio.Semaphore(1 << 20))
 
     def client_disconnected(self, client: Client) -> None:
         """Close what still waits for this client, forget the connection."""
@@ -109,6 +116,7 @@ class Capture:
         """An upstream connection is about to be opened."""
         if (client := self._clients.get(data.client.id)) is not None:
             client.connecting += 1
+        data.server.alpn_offers = (b"http/1.1",)  # an upstream connection for each HTTP/2 stream
 
     def server_connected(self, data: ServerConnectionHookData) -> None:
         """Watch the upstream socket."""
@@ -122,6 +130,15 @@ class Capture:
         client = self._clients.get(data.context.client.id)
         if client is not None and data.conn.id in client.upstreams:
             client.upstreams[data.conn.id].reset()
+
+    def tls_failed_server(self, data: TlsData) -> None:
+        """The upstream's certificate is not to be trusted, or it does not speak TLS."""
+        client = self._clients.get(data.context.client.id)
+        if client is not None:
+            client.tls_failed = True
+        if not self._told_tls:
+            self._told_tls = True
+            say(f"upstream: {data.conn.error}; --upstream-ca names the authority to trust")
 
     def server_disconnected(self, data: ServerConnectionHookData) -> None:
         """Forget the upstream socket."""
@@ -212,7 +229,7 @@ class Capture:
         exchange = flow.metadata.get(_STATE) or self._open(flow)
         if exchange.reply is not None:
             exchange.reply()
-        elif not flow.client_conn.state & ConnectionState.CAN_READ:
+        elif _client_left(flow):
             self._close(flow, "client_abort", {"origin": "upstream" if flow.response else None})
         elif flow.response is not None:
             if self.was_reset(flow.server_conn.id) and exchange.client is not None:
@@ -225,7 +242,9 @@ class Capture:
     def _close_with_page(self, flow: http.HTTPFlow, exchange: Exchange) -> None:
         """No reply came: the row closes with the page that mitmproxy writes next, if it does."""
         client = exchange.client
-        if client is not None and client.connecting:
+        if client is not None and client.tls_failed:
+            outcome, why = "connect_error", "tls"
+        elif client is not None and client.connecting:
             client.connecting -= 1
             outcome, why = "connect_error", "connect"
         elif client is not None and client.upstreams:
@@ -286,6 +305,7 @@ class Capture:
 
     def _reply_callable(self, flow: http.HTTPFlow, exchange: Exchange) -> Callable[[bytes], bytes]:
         stream, upstream, recorder = exchange.stream, exchange.upstream, self._recorder
+        hold_back = _holder(flow)
 
         def piece(data: bytes) -> bytes:
             try:
@@ -296,6 +316,8 @@ class Capture:
                         recorder.reply_chunked(stream, at_ns, data, lag_us)
                     else:
                         recorder.reply_data(stream, at_ns, data, lag_us)
+                    if hold_back is not None:
+                        hold_back()
             except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
                 self.errors += 1
             return data
@@ -354,10 +376,29 @@ def _has_body(request: http.Request) -> bool:
     return bool(request.headers.get("content-length", "0") != "0")
 
 
+def _client_left(flow: http.HTTPFlow) -> bool:
+    if not flow.client_conn.state & ConnectionState.CAN_READ:
+        return True
+    told = flow.error.msg if flow.error is not None else ""
+    return flow.request.is_http2 and told.startswith("stream reset by client")
+
+
 def _clock_of(client: ClientConnection | None, lag_us: int) -> str:
     if client is None:
         return "coroutine"
     return "callback" if lag_us == NO_STAMP else "kernel"
+
+
+def _holder(flow: http.HTTPFlow) -> Callable[[], None] | None:
+    """What keeps an HTTP/2 client that does not read from filling our memory; None for HTTP/1."""
+    handler = _handler(flow.client_conn.id)
+    if not flow.request.is_http2 or handler is None or flow.server_conn not in handler.transports:
+        return None
+    top = http_layer(handler.layer)
+    connection = top.connections[flow.client_conn].h2_conn
+    stream_id = next(n for n, s in top.streams.items() if s.flow is flow)
+    transport = handler.transports[flow.server_conn].writer.transport
+    return functools.partial(http2.hold_back, connection, stream_id, transport)
 
 
 def _handler(client_id: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from tokentape.proxy.options import (
     BACKLOG,
     CaptureOptions,
+    check_tls,
     checked_listen,
     checked_upstream,
     to_json,
@@ -71,6 +72,7 @@ def capture(
     """
     upstream = checked_upstream(options.upstream)
     host, port = checked_listen(options.listen)
+    check_tls(options)
     tape_facts.refuse_foreign(options.tape)  # before a key is made beside it
     try:
         sockets = bind(host, port, options.workers, BACKLOG)

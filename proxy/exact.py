@@ -98,13 +98,16 @@ def _keep_heads(private: Any, receive_buffer: Any) -> None:
     """Keep each head's bytes on its message, and send them while the message is what was parsed."""
 
     class HeadBuffer(receive_buffer):  # type: ignore[misc]
-        """Remembers the last head's bytes; skips blank lines before it, on which stock waits."""
+        """Remembers the last head's bytes."""
 
         head = b""
 
+        def skip_blank_lines(self) -> None:
+            """What some clients send after a body; stock would take the head for incomplete."""
+            while self._blank():
+                super().maybe_extract_lines()
+
         def maybe_extract_lines(self) -> Any:
-            while lines := super().maybe_extract_lines() if self._blank() else None:
-                pass
             held = bytes(self)
             lines = super().maybe_extract_lines()
             if lines:
@@ -187,6 +190,7 @@ def _watch_heads(connection_class: Any, receive_http: Any) -> None:
     original: Callable[..., Any] = connection_class.read_headers
 
     def read_headers(self: Any, event: Any) -> Any:
+        self.buf.skip_blank_lines()
         steps = original(self, event)
         answer = None
         while True:

@@ -1,7 +1,7 @@
 """mitmproxy set up for LLM streams: its own Master, listener, options, drain.
 
 Why each option: the comment beside it. Never mitmdump: its other add-ons double the cost
-of a request. HTTP/2 on the listening side stays off until its buffers are bounded.
+of a request. HTTP/2 on the listening side is offered only when asked for (`http2.py`).
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from mitmproxy.addons import core, disable_h2c, errorcheck, next_layer, proxyser
 from mitmproxy.proxy import layers, mode_servers, mode_specs
 from mitmproxy.proxy import server as mitmproxy_server
 
-from tokentape.proxy import exact, traps
+from tokentape.proxy import exact, http2, traps
 from tokentape.proxy.addon import Capture
 from tokentape.proxy.options import BACKLOG, CaptureOptions
 from tokentape.proxy.relay import missing_parts
@@ -85,7 +85,9 @@ def build(
         keep_host_header=True,  # the request head then reaches upstream byte for byte
         tcp_timeout=86400,  # stock kills a connection after 600 s of silence: a long prefill
         validate_inbound_headers=False,  # odd but working traffic is not ours to refuse
-        http2=False,
+        http2=wanted.http2,
+        certs=[f"*={wanted.certificate}"] if wanted.certificate else [],
+        ssl_verify_upstream_trusted_ca=str(wanted.upstream_ca) if wanted.upstream_ca else None,
         http3=False,
         store_streamed_bodies=False,
     )
@@ -118,7 +120,7 @@ async def serve(
     logging.getLogger().setLevel(logging.WARNING)
     for name in traps.apply(capture.note):
         say(f"this mitmproxy does not allow the remedy {name!r}")
-    for name in exact.apply(capture.was_reset) + missing_parts():
+    for name in exact.apply(capture.was_reset) + http2.apply() + missing_parts():
         say(f"this mitmproxy lacks {name}: heads or chunks may be written anew, and more slowly")
     vars(mitmproxy_server)["asyncio"] = StampedAsyncio()
     m = build(wanted, upstream, bound, capture)

@@ -1,5 +1,6 @@
 """What a capture is asked for, checked before anything is started."""
 
+import ssl
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,32 @@ def checked_listen(listen: str) -> tuple[str, int]:
     if not host or not port.isdigit() or int(port) > 65535:
         raise UsageError(f"--listen {listen}: need HOST:PORT, such as 127.0.0.1:8080")
     return host.strip("[]"), int(port)
+
+
+def check_tls(options: CaptureOptions) -> None:
+    """UsageError for TLS files that cannot be used."""
+    if options.http2 and options.certificate is None:
+        raise UsageError("--http2: is agreed on within TLS; give --cert as well")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    for name, path, load in (
+        (
+            "--cert",
+            options.certificate,
+            lambda p: context.load_cert_chain(p, password=_no_password),
+        ),
+        ("--upstream-ca", options.upstream_ca, context.load_verify_locations),
+    ):
+        if path is None:
+            continue
+        try:
+            load(path)
+        except ssl.SSLError as error:
+            what = "a private key and its chain" if name == "--cert" else "certificates"
+            reason = error.reason or error
+            raise UsageError(f"{name} {path}: need a PEM file with {what} ({reason})") from None
+        except OSError as error:
+            raise UsageError(f"{name} {path}: {error.strerror}") from None
+
+
+def _no_password() -> str:
+    raise UsageError("--cert: the private key is encrypted; give one that is not")

@@ -94,7 +94,7 @@ class Relay:
         self.handler = handler
         self._stamps = stamps
         self._stream = stream
-        top = _http_layer(handler.layer)
+        top = http_layer(handler.layer)
         connection = top.connections[flow.server_conn]
         self._h1 = getattr(connection, "child_layer", connection)
         self._upstream_state = next(s for s in top.streams.values() if s.flow is flow)
@@ -277,7 +277,8 @@ def relayable(flow: http.HTTPFlow, stamps: SocketStamps) -> bool:
     )
 
 
-def _http_layer(top: Any) -> Any:
+def http_layer(top: Any) -> Any:
+    """mitmproxy's HttpLayer below a connection's top layer; AttributeError when there is none."""
     for _ in range(MAX_LAYERS):
         if isinstance(top, http_layers.HttpLayer):
             return top

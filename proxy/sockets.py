@@ -232,7 +232,7 @@ def stamped_socket(writer: Any) -> StampedSocket | None:
 class ClientConnection:
     """One client connection and the upstream sockets that mitmproxy opened for it."""
 
-    __slots__ = ("clock", "connecting", "number", "socket", "upstreams")
+    __slots__ = ("clock", "connecting", "number", "socket", "tls_failed", "upstreams")
 
     def __init__(self, number: int, clock: KernelClock, io: Any) -> None:
         self.number = number
@@ -240,6 +240,8 @@ class ClientConnection:
         self.socket = SocketStamps(clock, io)
         self.upstreams: dict[str, SocketStamps] = {}
         self.connecting = 0  # upstream connections that were asked for and are not there yet
+
+        self.tls_failed = False
 
     def connected(self, server_id: str, io: Any) -> SocketStamps:
         """Watch a new upstream socket."""
@@ -250,6 +252,7 @@ class ClientConnection:
     def next_request(self) -> None:
         """What an early reply left unsent of the request before belongs to nobody."""
         self.connecting = 0
+        self.tls_failed = False
         for stamps in self.upstreams.values():
             stamps.reset()
 

@@ -52,10 +52,10 @@ def capturing(upstream: str, tape: Path, *options: str) -> Iterator[Proxied]:
     try:
         assert process.stderr is not None
         heard = []
-        while "http://" not in (line := process.stderr.readline()).replace(upstream, ""):
+        while "://" not in (line := process.stderr.readline()).replace(upstream, ""):
             heard.append(line)
             assert line, "".join(heard)
-        address = line.replace(upstream, "").split("http://", 1)[1].split()[0].rstrip("/,;")
+        address = line.replace(upstream, "").split("://", 1)[1].split()[0].rstrip("/,;")
         host, _, port = address.rpartition(":")
         yield Proxied(process, host, int(port), tape)
     finally:

@@ -509,3 +509,23 @@ def test_a_listen_address_needs_host_and_port() -> None:
     for bad in ("8080", ":8080", "x:", "x:abc", "x:70000"):
         with pytest.raises(UsageError, match="--listen"):
             checked_listen(bad)
+
+
+def test_a_chunked_upload_reaches_the_upstream_whole(stage: Stage) -> None:
+    heard: list[bytes] = []
+
+    def script(connection: socket.socket, request: bytes) -> None:
+        body = request.partition(b"\r\n\r\n")[2]
+        while not body.endswith(b"0\r\n\r\n"):
+            body += connection.recv(65536)
+        heard.append(body)
+        connection.sendall(REPLIES["whole"])
+
+    path = stage.play(script)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    for _ in range(2):  # a second one, after blank lines that stand for nothing
+        upload = head + chunk(BODY[:10]) + chunk(BODY[10:]) + b"0\r\n\r\n"
+        asked = upload + b"\r\n" + upload
+        assert talk(stage.host, stage.port, asked, until=b"{}").endswith(b"{}")
+    assert heard[0] == chunk(BODY[:10]) + chunk(BODY[10:]) + b"0\r\n\r\n"
+    assert [r["prompt_bytes"] for r in stage.rows(path, 4)] == [len(BODY)] * 4

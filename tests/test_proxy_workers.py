@@ -255,8 +255,12 @@ def test_whoever_is_killed_whenever_the_books_balance(tmp_path: Path, seed: int)
 
 
 def test_a_worker_that_cannot_come_up_ends_the_capture_with_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="tokentape: .*a.pem"):
-        with capturing("http://127.0.0.1:9", tmp_path / "a.tape", "--cert", "/nowhere/a.pem"):
+    tape = tmp_path / "a.tape"
+    create = tape / "journal"
+    create.mkdir(parents=True)
+    (tape / "tape.json").write_text("{")
+    with pytest.raises(AssertionError, match=r"tokentape: .*tape.json: damaged"):  # noqa: SIM117
+        with capturing("http://127.0.0.1:9", tape):
             pass
 
 
