@@ -8,8 +8,10 @@ Source: Linux, Documentation/networking/timestamping.rst.
 
 import asyncio
 import contextlib
+import fcntl
 import socket
 import struct
+import termios
 import time
 from collections.abc import Callable
 from time import monotonic_ns
@@ -21,6 +23,8 @@ from tokentape.traces.clock import take_anchor
 SO_TIMESTAMPNS = 35  # SO_TIMESTAMPNS_OLD, whose message holds two native longs: s, ns
 ANCILLARY_BYTES = 64
 STEP_NS = 1_000_000  # the wall clock moved against the monotonic one by more than drift explains
+RESET_POLL_S = 0.001
+RESET_AFTER_NS = 5_000_000_000  # whatever a client has not taken by then
 LATE_NS = 1_000_000_000  # an older stamp is believed only when the wall clock has not stepped
 ANCHOR_JITTER_NS = 20_000  # a stamp this little after its read is the anchor's own error
 STAMP = struct.Struct("@ll")
@@ -212,14 +216,28 @@ class SocketStamps:
         writer.write = stamped
 
     def reset_at_close(self) -> None:
-        """End the connection as its other side ended: by a reset, not by an end of file."""
+        """End the connection as its other side ended: by a reset, not by an end of file.
+
+        A reset discards what is still on its way, so it follows when all has been taken.
+        """
         if self.sock is not None:
             with contextlib.suppress(OSError):
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+                held = self.sock.dup()  # keeps the connection when its own descriptor is closed
+                _reset_when_taken(self.sock, held, monotonic_ns() + RESET_AFTER_NS)
 
     def reset(self) -> None:
         """The next write begins another request."""
         self.first_write_ns = self.last_write_ns = 0
+
+
+def _reset_when_taken(closing: socket.socket, held: socket.socket, deadline_ns: int) -> None:
+    left = struct.unpack("i", fcntl.ioctl(held.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+    if (left or closing.fileno() >= 0) and monotonic_ns() < deadline_ns:
+        loop = asyncio.get_running_loop()
+        loop.call_later(RESET_POLL_S, _reset_when_taken, closing, held, deadline_ns)
+        return
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+    held.close()
 
 
 def stamped_socket(writer: Any) -> StampedSocket | None:
