@@ -65,11 +65,11 @@ def checked_upstream(url: str) -> str:
     return f"{parts.scheme}://{host}:{port}"
 
 
-def checked_listen(listen: str) -> tuple[str, int]:
+def checked_listen(listen: str, option: str = "--listen") -> tuple[str, int]:
     """(host, port) of HOST:PORT; UsageError otherwise."""
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"--listen {listen}: need HOST:PORT, such as 127.0.0.1:8080")
+        raise UsageError(f"{option} {listen}: need HOST:PORT, such as 127.0.0.1:8080")
     return host.strip("[]"), int(port)
 
 

@@ -101,7 +101,7 @@ class Pulse:
         self._recorder.telemetry(self._since_ns, now_ns, self._source, rows)
         self._since_ns = now_ns
         self._late_max_s = 0.0
-        self._on_sample(samples)
+        self._on_sample(samples | self._recorder.served)
 
     def samples(self) -> Samples:
         """What there is to say now; counters are totals of this process."""

@@ -97,6 +97,11 @@ class Supervisor:
         """Whether every slot has a worker that serves."""
         return all(s.ready for s in self.slots) and not self._stops
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stops > 0
+
     async def _until(self, done: Callable[[], bool]) -> None:
         while not done() and self._failed is None:
             self._changed.clear()

@@ -286,6 +286,11 @@ class Recorder:
         return self._waiting_bytes
 
     @property
+    def served(self) -> dict[str, float]:
+        """Counts of finished requests, as the writer told them last."""
+        return self._past.served_with(self._life.served)
+
+    @property
     def reads_dropped(self) -> int:
         """Pieces of replies that still run and were not kept."""
         return sum(self._dropped.values())
@@ -340,6 +345,7 @@ class Recorder:
             self._dead = dead
             self._on_trouble("the writer process died: traffic goes on; a new one is started")
             self._past.add(dead.ready)
+            self._past.keep_served(dead.served)
             dead.bury()
         self._waiting.clear()  # what it was sent last is lost as well, and counted by the next one
         self._waiting_bytes = 0
@@ -411,6 +417,7 @@ class _Past:
     def __init__(self) -> None:
         self.deaths = 0
         self._rows = self._events = self._killed = self._lost_reads = 0
+        self._served: dict[str, float] = {}
 
     def add(self, recovered: dict[str, int] | None) -> None:
         """Count what one recovery found: `Recovered` as a dictionary."""
@@ -419,6 +426,15 @@ class _Past:
             self._events += recovered["events"]
             self._killed += recovered["lost_requests"]
             self._lost_reads += recovered["lost_reads"]
+
+    def served_with(self, served: dict[str, float]) -> dict[str, float]:
+        """Counts of all writers together."""
+        added = {n: v + self._served.get(n, 0.0) for n, v in served.items()}
+        return self._served | added
+
+    def keep_served(self, served: dict[str, float]) -> None:
+        """A writer has died: its counts stay."""
+        self._served = self.served_with(served)
 
     def summary(
         self,

@@ -39,6 +39,7 @@ class WriterLife:
         self.began_s = time.monotonic()
         self.ready: dict[str, int] | None = None  # what it recovered of the life before
         self.summary: dict[str, Any] | None = None
+        self.served: dict[str, float] = {}  # counts of finished requests, see `served.py`
         self.counters = _counter_page(counter_path(tape, self.incarnation))
         self.channel, writer_socket, memory_fd = blocks.channel_pair()
         command = [sys.executable, "-m", "tokentape.traces.writer_process"]
@@ -78,6 +79,7 @@ class WriterLife:
         for note in map(json.loads, self.sender.poll()):
             self.ready = note.get("ready", self.ready)
             self.summary = note.get("summary", self.summary)
+            self.served = note.get("served", self.served)
             if "trouble" in note:
                 self._on_trouble(note["trouble"])
 

@@ -26,6 +26,7 @@ from tokentape.traces.journal import Journal
 from tokentape.traces.journal_files import counter_path, reserve_path
 from tokentape.traces.privacy import Privacy
 from tokentape.traces.recover import NOTHING, recover_incarnation
+from tokentape.traces.served import Served
 from tokentape.traces.writer import SEAL_BYTES, TapeWriter
 
 NICENESS = 10
@@ -44,6 +45,8 @@ class TapeSink:
         self.writer = writer
         self._fsync = fsync
         self._counts = (0, 0)
+        self._served = Served()
+        self._told = True  # the hot process knows what was served
         self.journal: Journal | None = None
         self._channel = channel
         self._assembler: Assembler | None = None
@@ -67,6 +70,8 @@ class TapeSink:
     def finished(self, stream: int, row: dict[str, Any]) -> None:
         self._journal(journals.ROW, stream, journals.pack_row(row))
         self.writer.append(row)
+        self._served.add(row)
+        self._told = False
 
     def sampled(self, samples: list[tuple[int, int, str, str, str, float]]) -> None:
         self._journal(journals.TELEMETRY, 0, samples)
@@ -79,6 +84,9 @@ class TapeSink:
         for stream, raw in self._assembler.new_events():
             self._journal(journals.EVENTS, stream, raw)
         self._journal_counts()
+        if not self._told:
+            self._told = True
+            tell(self._channel, served=self._served.samples())
         now = time.monotonic()
         if now < self._try_again_at:
             return

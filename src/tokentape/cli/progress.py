@@ -30,6 +30,20 @@ def counting(what: str, total: int | None = None) -> Iterator[Callable[[int, str
 
 
 @contextlib.contextmanager
+def live_line() -> Iterator[Callable[[str], None]]:
+    """Gives a function that replaces the last line of a terminal; elsewhere it says nothing."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(Text(""), console=Console(stderr=True), transient=True, auto_refresh=False) as live:
+        yield lambda text: live.update(Text(text, no_wrap=True), refresh=True)
+
+
+@contextlib.contextmanager
 def _bar(what: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

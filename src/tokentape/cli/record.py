@@ -8,7 +8,7 @@ import typer
 
 from tokentape.cli import units
 from tokentape.cli.output import print_json, print_lines
-from tokentape.cli.progress import counting, say
+from tokentape.cli.progress import counting, live_line, say
 
 TapeToMake = Annotated[Path, typer.Option("--tape", metavar="DIR", help="The tape to write.")]
 Facts = Annotated[
@@ -62,6 +62,10 @@ def capture(
     http2: Annotated[
         bool, typer.Option("--http2", help="Offer HTTP/2 to clients; needs --cert.")
     ] = False,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve /metrics (Prometheus) and /healthz there."),
+    ] = None,
 ) -> None:
     """Record the traffic between clients and a server.
 
@@ -72,6 +76,7 @@ def capture(
     facts = units.pairs("--fact", fact or [])
     from tokentape.proxy.capture import capture as run
     from tokentape.proxy.options import CaptureOptions
+    from tokentape.proxy.watching import Watching
 
     options = CaptureOptions(
         upstream=upstream,
@@ -86,8 +91,14 @@ def capture(
         http2=http2,
         certificate=cert,
         upstream_ca=upstream_ca,
+        metrics=metrics,
     )
-    summary = run(options, lambda url: say(f"listening on {url}, recording to {tape}; Ctrl-C ends"))
+    with live_line() as tell:
+        summary = run(
+            options,
+            lambda url: say(f"listening on {url}, recording to {tape}; Ctrl-C ends"),
+            lambda supervisor: Watching(supervisor, options, tell),
+        )
     print_lines([summary.text()])
     if summary.losses:
         lost = sum(summary.losses.values())
