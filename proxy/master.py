@@ -19,7 +19,7 @@ from mitmproxy.addons import core, disable_h2c, errorcheck, next_layer, proxyser
 from mitmproxy.proxy import layers, mode_servers, mode_specs
 from mitmproxy.proxy import server as mitmproxy_server
 
-from tokentape.proxy import exact, http2, traps
+from tokentape.proxy import exact, http2, steps, traps
 from tokentape.proxy.addon import Capture
 from tokentape.proxy.options import BACKLOG, CaptureOptions
 from tokentape.proxy.relay import missing_parts
@@ -124,6 +124,8 @@ async def serve(
         say(f"this mitmproxy lacks {name}: heads or chunks may be written anew, and more slowly")
     vars(mitmproxy_server)["asyncio"] = StampedAsyncio()
     m = build(wanted, upstream, bound, capture)
+    if not steps.apply(m):
+        say("this mitmproxy is not one that was tested: requests take its own, slower steps")
     running = asyncio.ensure_future(m.run())
     proxy = m.addons.get("proxyserver")
     while not running.done() and not any(s.is_running for s in proxy.servers):  # noqa: ASYNC110
