@@ -22,8 +22,7 @@ from tokentape.proxy import http2
 from tokentape.proxy.exact import raw_scanner
 from tokentape.proxy.relay import Relay, Relays, http_layer, relayable
 from tokentape.proxy.sockets import ClientConnection, KernelClock, SocketStamps, read_stamp
-from tokentape.traces.assemble import MAX_BODY_BYTES
-from tokentape.traces.blocks import NO_STAMP
+from tokentape.traces.blocks import MAX_BODY_BYTES, NO_STAMP
 from tokentape.traces.recording import Recorder, say
 
 _STATE = "tokentape"

@@ -13,7 +13,7 @@ import h11
 from mitmproxy import http
 from mitmproxy.proxy import commands, events
 
-from tokentape.traces.wire.chunked import ChunkScanner
+from tokentape.traces.chunked import ChunkScanner
 
 _HTTP1 = "mitmproxy.proxy.layers.http._http1"
 _NO_BODY = (204, 304)

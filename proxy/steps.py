@@ -21,7 +21,6 @@ from mitmproxy.utils import asyncio_utils
 
 # sha256 of the source of ConnectionHandler.server_event, by the versions that it was read in.
 KNOWN_SOURCES = {"a2b42657ebe8bf6d": "12.2.3"}
-_Hooks = dict[str, tuple[Callable[[Any], Any], ...]]
 
 
 def apply(master: Master) -> bool:
@@ -31,14 +30,7 @@ def apply(master: Master) -> bool:
     digest = hashlib.sha256(inspect.getsource(original).encode()).hexdigest()[:16]
     if digest not in KNOWN_SOURCES:
         return False
-    found: _Hooks = collections.defaultdict(tuple)
-    addons = [a for a in master.addons.chain if a is not None]
-
-    def functions(name: str) -> tuple[Callable[[Any], Any], ...]:
-        if name not in found:
-            wanting = (getattr(addon, name, None) for addon in addons)
-            found[name] = tuple(f for f in wanting if callable(f))
-        return found[name]
+    functions = _lookup(master)
 
     @functools.wraps(original)
     async def server_event(self: Any, event: events.Event) -> None:
@@ -54,19 +46,36 @@ def apply(master: Master) -> bool:
                                 queue.append(events.HookCompleted(command))
                         else:
                             _carry_out(self, command)
-            except Exception:
+            except Exception:  # noqa: BLE001 - as stock: this connection's trouble, and nobody else's
                 self.log("mitmproxy has crashed!", logging.ERROR, exc_info=True)
 
     server_event.stock = original  # type: ignore[attr-defined]
     handler.server_event = server_event
-    handler.handle_hook = _handle_hook(functions)
-    for subclass in handler.__subclasses__():  # the live ones have a handle_hook of their own
-        for own in (subclass, *subclass.__subclasses__()):
-            own.handle_hook = handler.handle_hook
-    if "__post_init__" in vars(http.MessageData):  # checks the type of each field of each message
-        for kind in (http.MessageData, http.RequestData, http.ResponseData):
-            kind.__post_init__ = lambda _self: None  # type: ignore[method-assign]
+    _replace_rest(handler, functions)
     return True
+
+
+def _replace_rest(handler: Any, functions: Callable[[str], Any]) -> None:
+    for subclass in handler.__subclasses__():
+        for own in (handler, subclass, *subclass.__subclasses__()):  # the live ones have their own
+            own.handle_hook = _handle_hook(functions)
+    for kind in (http.MessageData, http.RequestData, http.ResponseData):
+        if "__post_init__" in dir(kind):  # checks the type of each field of each message
+            kind.__post_init__ = lambda _self: None  # type: ignore[method-assign]
+
+
+def _lookup(master: Master) -> Callable[[str], tuple[Callable[[Any], Any], ...]]:
+    """What finds the functions that want a hook, each name once."""
+    found: dict[str, tuple[Callable[[Any], Any], ...]] = {}
+    addons = [a for a in master.addons.chain if a is not None]
+
+    def functions(name: str) -> tuple[Callable[[Any], Any], ...]:
+        if name not in found:
+            wanting = (getattr(addon, name, None) for addon in addons)
+            found[name] = tuple(f for f in wanting if callable(f))
+        return found[name]
+
+    return functions
 
 
 def _call(wanting: tuple[Callable[[Any], Any], ...], hook: commands.StartHook) -> None:
@@ -115,8 +124,8 @@ def _carry_out(self: Any, command: commands.Command) -> None:
         elif isinstance(command, commands.CloseConnection):
             self.close_connection(command.connection, False)
         else:
-            raise RuntimeError(f"Unexpected command: {command}")
+            raise TypeError(f"Unexpected command: {command}")
     elif isinstance(command, commands.Log):
         self.log(command.message, command.level)
     else:
-        raise RuntimeError(f"Unexpected command: {command}")
+        raise TypeError(f"Unexpected command: {command}")

@@ -11,15 +11,15 @@ import msgspec
 import numpy as np
 
 from tokentape.traces import blocks
+from tokentape.traces.blocks import MAX_BODY_BYTES
+from tokentape.traces.chunked import ChunkDecoder
 from tokentape.traces.clock import TapeClock
 from tokentape.traces.identity import request_id
 from tokentape.traces.privacy import Privacy
 from tokentape.traces.schema import INSTANTS, INTEGER_BOUNDS, allowed
 from tokentape.traces.wire import Reply, ReplyParser, read_request, reply_parser, wire_format
-from tokentape.traces.wire.chunked import ChunkDecoder
 from tokentape.traces.wire.reply import StreamParser
 
-MAX_BODY_BYTES = 64 << 20  # a longer request body is not parsed; its bytes still count
 MAX_BODIES_BYTES = 256 << 20  # of all requests together that wait to be parsed
 CREDENTIALS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
 MAX_ENDPOINT_CHARS = 256

@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 
 SLOT_BYTES = 1 << 20
+MAX_BODY_BYTES = 64 << 20  # a longer request body is not parsed; its bytes still count
 SLOTS = 32  # 32 MiB between the hot process and a writer that stalls
 MAX_PAYLOAD_BYTES = 256 << 10  # longer data is split, so that a record always fits a slot
 

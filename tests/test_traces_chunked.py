@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokentape.traces.wire.chunked import ChunkDecoder, ChunkScanner
+from tokentape.traces.chunked import ChunkDecoder, ChunkScanner
 
 payloads = st.lists(
     st.one_of(
