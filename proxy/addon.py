@@ -85,6 +85,19 @@ class Capture:
         """A remedy of traps.py altered what passed on a connection."""
         self._notes.setdefault(connection_id, []).append(deviation)
 
+    def refused(self, connection_id: str) -> None:
+        """mitmproxy answered a request head that does not parse with 400; there is no flow."""
+        try:
+            client = self._clients.get(connection_id)
+            now, lag_us = read_stamp(client.socket if client else None)
+            row = self._arrival(client, now, lag_us)
+            stream = self._recorder.open(now, row, (b"", b"", []), lag_us)
+            end = {"outcome": "http_error", "origin": "proxy", "error_type": "refused"}
+            end |= {"http_status": 400, "deviations": ["refused"]}
+            self._recorder.close(stream, time.monotonic_ns(), end)
+        except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
+            self.errors += 1
+
     def was_reset(self, connection_id: str) -> bool:
         """Whether the peer of an upstream connection reset it."""
         stamps = self._upstreams.get(connection_id)
@@ -163,7 +176,15 @@ class Capture:
             client.next_request()
         exchange = Exchange(0, client)
         now, lag_us = exchange.client_stamp
-        row = {
+        row = self._arrival(client, now, lag_us)
+        head = (request.data.method, request.data.path, list(request.headers.fields))
+        exchange.stream = self._recorder.open(now, row, head, lag_us)
+        flow.metadata[_STATE] = exchange
+        self.open_flows[flow.id] = flow
+        return exchange
+
+    def _arrival(self, client: ClientConnection | None, now: int, lag_us: int) -> dict[str, Any]:
+        return {
             "arrival_ns": now,
             "arrival_clock": _clock_of(client, lag_us),
             "host": self._host,
@@ -171,11 +192,6 @@ class Capture:
             "conn_id": client.number if client else None,
             "attempt": 1,
         }
-        head = (request.data.method, request.data.path, list(request.headers.fields))
-        exchange.stream = self._recorder.open(now, row, head, lag_us)
-        flow.metadata[_STATE] = exchange
-        self.open_flows[flow.id] = flow
-        return exchange
 
     def request(self, flow: http.HTTPFlow) -> None:
         """The request is complete; streamed ones were stamped by their callable."""

@@ -118,7 +118,7 @@ async def serve(
     errors = ErrorCounter()
     logging.getLogger().addHandler(errors)
     logging.getLogger().setLevel(logging.WARNING)
-    for name in traps.apply(capture.note):
+    for name in traps.apply(capture.note, capture.refused):
         say(f"this mitmproxy does not allow the remedy {name!r}")
     for name in exact.apply(capture.was_reset) + http2.apply() + missing_parts():
         say(f"this mitmproxy lacks {name}: heads or chunks may be written anew, and more slowly")

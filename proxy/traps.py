@@ -13,24 +13,31 @@ from mitmproxy.proxy import events
 
 _HTTP1 = "mitmproxy.proxy.layers.http._http1"
 Note = Callable[[str, str], None]  # (connection id, what was altered on it)
+Refused = Callable[[str], None]  # (id of a client connection whose request head was none)
 
 
 class _Patches:
     """What the patched functions share: who is told, and whose head is being read right now."""
 
     note: Note = staticmethod(lambda _connection, _what: None)
+    refused: Refused = staticmethod(lambda _connection: None)
     connection = ""
     installed: tuple[str, ...] = ()
 
 
-def apply(note: Note) -> list[str]:
+def apply(note: Note, refused: Refused) -> list[str]:
     """Install the remedies; returns the names of those that this mitmproxy does not allow.
 
     `note` is told of every reply or request that one of them altered: "trailers" or "interim".
+    `refused` is told of request heads that mitmproxy answers with 400 and says nothing of.
     """
-    _Patches.note = staticmethod(note)
+    _Patches.note, _Patches.refused = staticmethod(note), staticmethod(refused)
     missing = []
-    for name, install in (("trailers", _accept_trailers), ("interim", _drop_interim)):
+    for name, install in (
+        ("trailers", _accept_trailers),
+        ("interim", _drop_interim),
+        ("refused", _tell_refused),
+    ):
         if name in _Patches.installed:
             continue
         try:
@@ -86,6 +93,22 @@ def _watch_heads(connection_class: Any) -> None:
             answer = yield command
 
     connection_class.read_headers = read_headers
+
+
+def _tell_refused() -> None:
+    """Tell of a request head that does not parse: it gets no flow, so no hook sees it."""
+    server: Any = importlib.import_module(_HTTP1).Http1Server
+    original, done = server.read_headers, server.done
+
+    def read_headers(self: Any, event: Any) -> Iterator[Any]:
+        yield from original(self, event)
+        is_data = isinstance(event, events.DataReceived)
+        ended = self.request is None and getattr(self.state, "__func__", None) is done
+        if is_data and ended and not hasattr(self, "tokentape_refused"):
+            self.tokentape_refused = True  # pipelined heads are read within one another
+            _Patches.refused(self.conn.id)
+
+    server.read_headers = read_headers
 
 
 def _drop_interim() -> None:
