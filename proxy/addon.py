@@ -92,7 +92,11 @@ class Capture:
             now, lag_us = read_stamp(client.socket if client else None)
             row = self._arrival(client, now, lag_us)
             stream = self._recorder.open(now, row, (b"", b"", []), lag_us)
-            end = {"outcome": "http_error", "origin": "proxy", "error_type": "refused"}
+            end: dict[str, Any] = {
+                "outcome": "http_error",
+                "origin": "proxy",
+                "error_type": "refused",
+            }
             end |= {"http_status": 400, "deviations": ["refused"]}
             self._recorder.close(stream, time.monotonic_ns(), end)
         except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does

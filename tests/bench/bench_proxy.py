@@ -1,4 +1,4 @@
-"""Cost of the proxy: added latency, CPU, requests a second and memory, beside nginx and a stock one.
+"""Cost of the proxy: added latency, CPU, requests a second and memory, beside nginx and stock.
 
     ./run bench proxy [--only direct,nginx,tokentape,stock] [--rates 1000,20000] [--runs 3]
         [--seconds 5] [--json FILE]
@@ -83,7 +83,7 @@ def quantiles(values: "np.ndarray[Any, Any]", prefix: str) -> Row:
 
 def events(folder: Path, name: str, rate: int, seconds: float) -> Row:
     """Streams at a rate of events in all."""
-    per_stream = 50 if rate <= 1000 else STREAM_RATE  # noqa: PLR2004 - few fast, or many slow ones
+    per_stream = 50 if rate <= 1000 else STREAM_RATE  # few fast ones, or many
     streams, gap_us = rate // per_stream, 1_000_000 // per_stream
     load = ["-n", str(streams), "-t", "400"]
     row, seen = one(folder, name, {"first_us": 20_000, "gap_us": gap_us}, load, seconds)

@@ -127,14 +127,17 @@ class Seen:
     def latency_us(self) -> np.ndarray[Any, Any]:
         """From the server's send to the client's kernel, of each event of the window."""
         kept = self.events[self._inside(self.events["kernel"])]
-        return (kept["kernel"].astype(np.int64) - kept["srv"].astype(np.int64)) / 1e3
+        late: np.ndarray[Any, Any] = kept["kernel"].astype(np.int64) - kept["srv"].astype(np.int64)
+        return late / 1e3
 
     def ttft_us(self) -> np.ndarray[Any, Any]:
         """From the beginning of the request (of its connection, if new) to its first event."""
         first = self.events[self.events["idx"] == 0]
         begun = self.requests["begun"][first["req"]]
         kept = self._inside(begun)
-        return (first["kernel"][kept].astype(np.int64) - begun[kept].astype(np.int64)) / 1e3
+        arrived = first["kernel"][kept].astype(np.int64)
+        waited: np.ndarray[Any, Any] = arrived - begun[kept].astype(np.int64)
+        return waited / 1e3
 
     def refused(self) -> int:
         """Requests that failed or were answered with anything but 200."""

@@ -38,7 +38,7 @@ LITELLM_CONFIG = """model_list:
 
 
 class Absent(Exception):
-    """This target cannot run here; the message says why."""
+    """A target that cannot run here; the message says why."""
 
 
 @dataclass
