@@ -13,10 +13,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from mitmproxy.master import Master
+from mitmproxy.options import Options
 from mitmproxy.proxy.layers.http import HttpStream
+from mitmproxy.proxy.server import ConnectionHandler
 
 from proxied import Stage, capturing, chunk, post, receive, scripted, staged, talk
 from tokentape.proxy import relay as relays
+from tokentape.proxy import steps
 from tokentape.proxy.pulse import CALM_BEATS, LATE_BEATS, LATE_S, Breaker
 from tokentape.proxy.sockets import SO_TIMESTAMPNS, KernelClock, StampedSocket, stamp_of
 from tokentape.traces.blocks import NO_STAMP
@@ -370,3 +374,12 @@ def test_without_a_private_part_everything_goes_mitmproxys_own_way(
     assert relays.missing_parts() == []
     monkeypatch.delattr(HttpStream, "state_stream_response_body")
     assert relays.missing_parts() == ["HttpStream.state_stream_response_body"]
+
+
+def test_a_mitmproxy_that_nobody_has_read_keeps_its_own_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stock = ConnectionHandler.server_event
+    monkeypatch.setattr(steps, "KNOWN_SOURCES", {})
+    assert not steps.apply(Master(Options()))
+    assert ConnectionHandler.server_event is stock
