@@ -57,7 +57,8 @@ def one(
             on_end=edge,
         )
         memory = target.pss_mb()
-        late = np.quantile(truth.lateness_us(), 0.99)
+        lateness = truth.lateness_us()
+        late = float(np.quantile(lateness, 0.99)) if len(lateness) else float("nan")
     finally:
         if target is not None:
             target.stop()

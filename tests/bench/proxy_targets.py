@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from proxy_load import LOAD_CORE, free_port, wait_until_served
+from proxy_load import LOAD_CORE, START_S, free_port, wait_until_served
 
 TARGET_CORE = 1
 HERE = Path(__file__).parent
@@ -180,6 +180,12 @@ def tokentape(folder: Path, upstream: int, *options: str) -> Target:
     command = [sys.executable, "-m", "tokentape", "capture", "--tape", str(tape)]
     command += ["--upstream", f"http://127.0.0.1:{upstream}", "--listen", f"127.0.0.1:{port}"]
     target = spawn(folder, port, [*command, *options])
+    # Its port takes connections before its worker serves them: it says when that is.
+    deadline = time.monotonic() + START_S
+    while "listening on" not in (folder / "target.err").read_text():
+        if time.monotonic() > deadline:
+            raise Absent("does not get ready")
+        time.sleep(0.05)
     target.writer_aside()
     return target
 
