@@ -141,6 +141,11 @@ class Capture:
             stamps = client.connected(data.server.id, handler.transports[data.server])
             self._upstreams[data.server.id] = stamps
 
+    def server_connect_error(self, data: ServerConnectionHookData) -> None:
+        """An upstream connection could not be opened."""
+        if (client := self._clients.get(data.client.id)) is not None and data.server.error:
+            client.failed[data.server.error] = "connect"
+
     def tls_established_server(self, data: TlsData) -> None:
         """The handshake's writes are not the request's."""
         client = self._clients.get(data.context.client.id)
@@ -152,6 +157,7 @@ class Capture:
         client = self._clients.get(data.context.client.id)
         if client is not None:
             client.tls_failed = True
+            client.failed[str(data.conn.error)] = "tls"
         if not self._told_tls:
             self._told_tls = True
             say(f"upstream: {data.conn.error}; --upstream-ca names the authority to trust")
@@ -261,15 +267,7 @@ class Capture:
     def _close_with_page(self, flow: http.HTTPFlow, exchange: Exchange) -> None:
         """No reply came: the row closes with the page that mitmproxy writes next, if it does."""
         client = exchange.client
-        if client is not None and client.tls_failed:
-            outcome, why = "connect_error", "tls"
-        elif client is not None and client.connecting:
-            client.connecting -= 1
-            outcome, why = "connect_error", "connect"
-        elif client is not None and client.upstreams:
-            outcome, why = "upstream_abort", "no_reply"
-        else:
-            outcome, why = "http_error", "refused"  # what mitmproxy would not pass on
+        outcome, why = _why_no_reply(flow, client)
 
         def close(page: bytes = b"") -> None:
             columns: dict[str, Any] = {"origin": "proxy", "error_type": why}
@@ -278,6 +276,9 @@ class Capture:
                 exchange.deviations.append("upstream_failure_page")
             self._close(flow, outcome, columns)
 
+        if flow.client_conn.tls:  # the page is not to be read in what is written
+            close(b"HTTP/1.1 400" if why == "refused" else b"HTTP/1.1 502")
+            return
         exchange.reply = close
         if client is not None:
             client.socket.on_write = close
@@ -386,6 +387,24 @@ def _path_columns(flow: http.HTTPFlow, exchange: Exchange) -> dict[str, Any]:
             columns["tls_ns"] = int((conn.timestamp_tls_setup - conn.timestamp_tcp_setup) * 1e9)
     stamps.requests += 1
     return columns
+
+
+def _why_no_reply(flow: http.HTTPFlow, client: ClientConnection | None) -> tuple[str, str]:
+    """(outcome, error type) of an exchange that mitmproxy ended before any reply."""
+    if client is not None and flow.request.is_http2:  # whose upstreams are opened side by side
+        told = flow.error.msg if flow.error is not None else ""
+        if step := client.failed.get(told):
+            return "connect_error", step
+        connected = flow.server_conn.timestamp_tcp_setup is not None
+    elif client is not None and client.tls_failed:
+        return "connect_error", "tls"
+    elif client is not None and client.connecting:
+        client.connecting -= 1
+        return "connect_error", "connect"
+    else:
+        connected = client is not None and bool(client.upstreams)
+    # what mitmproxy would not pass on never had an upstream
+    return ("upstream_abort", "no_reply") if connected else ("http_error", "refused")
 
 
 def _has_body(request: http.Request) -> bool:

@@ -250,7 +250,7 @@ def stamped_socket(writer: Any) -> StampedSocket | None:
 class ClientConnection:
     """One client connection and the upstream sockets that mitmproxy opened for it."""
 
-    __slots__ = ("clock", "connecting", "number", "socket", "tls_failed", "upstreams")
+    __slots__ = ("clock", "connecting", "failed", "number", "socket", "tls_failed", "upstreams")
 
     def __init__(self, number: int, clock: KernelClock, io: Any) -> None:
         self.number = number
@@ -258,7 +258,9 @@ class ClientConnection:
         self.socket = SocketStamps(clock, io)
         self.upstreams: dict[str, SocketStamps] = {}
         self.connecting = 0  # upstream connections that were asked for and are not there yet
-
+        self.failed: dict[
+            str, str
+        ] = {}  # what was said when one could not be opened: at which step
         self.tls_failed = False
 
     def connected(self, server_id: str, io: Any) -> SocketStamps:

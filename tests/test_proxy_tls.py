@@ -16,9 +16,11 @@ import h2.config
 import h2.connection
 import h2.events
 import pytest
+from mitmproxy.proxy.layers.http._http_h2 import BufferedH2Connection
 
 from certificates import Authority
 from proxied import Proxied, Script, capturing, chunk, post, read_request, scripted, talk
+from tokentape.proxy import http2
 from tokentape.proxy.options import CaptureOptions, check_tls
 from tokentape.traces.errors import UsageError
 
@@ -307,3 +309,82 @@ def test_files_that_are_no_certificates_are_named(tmp_path: Path, authority: Aut
     assert "certificates" in refused(upstream_ca=nonsense)
     assert "--cert" in refused(http2=True)
     check_tls(CaptureOptions("http://x", tmp_path, certificate=authority.issue("a")))
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_parallel_http2_streams_without_a_reply_are_rows_that_say_why(
+    tmp_path: Path, authority: Authority, listens: bool
+) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.shutdown(socket.SHUT_RDWR)
+
+    certificate = str(authority.issue("127.0.0.1"))
+    with contextlib.ExitStack() as held:
+        upstream = held.enter_context(scripted(script))
+        if not listens:
+            held.close()
+        proxy = held.enter_context(
+            capturing(upstream, tmp_path / "a.tape", "--cert", certificate, "--http2")
+        )
+        with H2Client(proxy, authority) as client:
+            for _ in range(3):
+                client.ask("/v1/completions")
+            client.read_until(lambda: len(client.ended) == 3)
+            assert set(client.statuses.values()) == {"502"}
+        proxy.stop()
+    found = [(r["outcome"], r["error_type"], r["http_status"]) for r in proxy.rows()]
+    why = ("upstream_abort", "no_reply") if listens else ("connect_error", "connect")
+    assert found == [(*why, 502)] * 3
+    assert {str(r["deviations"]) for r in proxy.rows()} == {"['upstream_failure_page']"}
+
+
+def test_a_failure_page_is_on_the_row_when_the_client_speaks_tls(
+    tmp_path: Path, authority: Authority
+) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.shutdown(socket.SHUT_RDWR)
+
+    with tls_proxy(tmp_path / "a.tape", authority, script=script) as proxy:
+        context = client_context(authority, "http/1.1")
+        with (
+            socket.create_connection((proxy.host, proxy.port), timeout=10) as plain,
+            context.wrap_socket(plain, server_hostname=proxy.host) as client,
+        ):
+            client.sendall(post("/v1/completions", BODY))
+            assert client.recv(65536).startswith(b"HTTP/1.1 502")
+        proxy.stop()
+    (row,) = proxy.rows()
+    assert (row["http_status"], row["deviations"]) == (502, ["upstream_failure_page"])
+
+
+def test_a_stream_that_its_client_resets_holds_no_upstream_back() -> None:
+    class Transport:
+        reading = True
+
+        def is_closing(self) -> bool:
+            return False
+
+        def pause_reading(self) -> None:
+            self.reading = False
+
+        def resume_reading(self) -> None:
+            self.reading = True
+
+    assert http2.apply() == []
+    transport = Transport()
+    client = h2.connection.H2Connection(h2.config.H2Configuration())
+    server = BufferedH2Connection(h2.config.H2Configuration(client_side=False))
+    client.initiate_connection()
+    server.initiate_connection()
+    client.send_headers(
+        1, [(":method", "GET"), (":path", "/"), (":scheme", "https"), (":authority", "x")]
+    )
+    server.receive_data(client.data_to_send())
+    server.send_headers(1, [(":status", "200")])
+    server.send_data(1, b"x" * (66_000 + http2.UNSENT_BYTES))
+    http2.hold_back(server, 1, transport)
+    assert not transport.reading
+    client.receive_data(server.data_to_send())
+    client.reset_stream(1)
+    server.receive_data(client.data_to_send())
+    assert transport.reading

@@ -66,8 +66,7 @@ def test_early_hints_and_a_102_in_one_read_with_the_reply_are_dropped(stage: Sta
 
 
 def test_trailers_of_a_request_do_not_stop_it(stage: Stage) -> None:
-    def script(connection: socket.socket, _: bytes) -> None:
-        got = b""
+    def script(connection: socket.socket, got: bytes) -> None:
         while not got.endswith(b"0\r\n\r\n"):
             piece = connection.recv(65536)
             assert piece
