@@ -1,5 +1,6 @@
 """The fast path: which bytes take it, what it does to them (nothing), and how it yields."""
 
+import asyncio
 import functools
 import json
 import select
@@ -8,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -381,5 +383,6 @@ def test_a_mitmproxy_that_nobody_has_read_keeps_its_own_steps(
 ) -> None:
     stock = ConnectionHandler.server_event
     monkeypatch.setattr(steps, "KNOWN_SOURCES", {})
-    assert not steps.apply(Master(Options()))
+    with closing(asyncio.new_event_loop()) as loop:  # a Master asks for one
+        assert not steps.apply(Master(Options(), event_loop=loop))
     assert ConnectionHandler.server_event is stock
