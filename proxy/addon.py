@@ -173,6 +173,8 @@ class Capture:
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """The head is complete: this is the arrival."""
+        if _has_body(flow.request):
+            flow.request.stream = True  # also when recording fails below
         exchange = self._open(flow)
         if flow.request.headers.get("expect", "").lower() == "100-continue":
             exchange.deviations.append("continue")
@@ -211,6 +213,8 @@ class Capture:
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """The reply's head is here: stamp what was sent before it, stream what follows."""
         exchange = flow.metadata.get(_STATE)
+        if flow.response is not None and flow.response.status_code != 101:
+            flow.response.stream = True  # also when recording fails below
         if exchange is None or flow.response is None:
             return
         if exchange.client is not None:

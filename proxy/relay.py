@@ -189,14 +189,18 @@ class Relay:
             piece = data if end == size else data[:end]
             if end:
                 self._send(piece, end)
-                relays = self._relays
-                relays.added_ns[relays.reads & (ADDED_KEPT - 1)] = monotonic_ns() - at_ns
-                relays.reads += 1
-                relays.recorder.reply_chunked(self._stream, at_ns, piece, lag_us)
         except Exception:  # noqa: BLE001 - a defect here must not end every stream of the worker
             self._relays.failures += 1
             self._out.abort()  # what the client has of this one is not known
             return
+        if end:
+            relays = self._relays
+            relays.added_ns[relays.reads & (ADDED_KEPT - 1)] = monotonic_ns() - at_ns
+            relays.reads += 1
+            try:
+                relays.recorder.reply_chunked(self._stream, at_ns, piece, lag_us)
+            except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
+                relays.failures += 1
         if end < size:
             self.stop(data[end:])
 

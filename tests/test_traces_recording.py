@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from conftest import fill
+from tokentape.traces import assemble, blocks
 from tokentape.traces.check import Finding, check
+from tokentape.traces.clock import TapeClock
 from tokentape.traces.errors import TapeError
+from tokentape.traces.privacy import Privacy
 from tokentape.traces.reader import open_tape
-from tokentape.traces.recording import MEMORY_BYTES, Recorder
+from tokentape.traces.recording import MEMORY_BYTES, STREAM_BYTES, Recorder
 from tokentape.traces.recover import recover
 
 HEAD = (b"POST", b"/v1/completions?api_key=sk-canary", [(b"Authorization", b"Bearer sk-canary")])
@@ -204,19 +208,79 @@ def test_a_stuck_writer_bounds_memory_then_drops_detail_and_counts_it(tmp_path: 
     recorder = start(tmp_path / "a.tape")
     os.kill(recorder._life.process.pid, signal.SIGSTOP)
     now = time.monotonic_ns()
-    stream = begin(recorder, now)
+    streams = [begin(recorder, now) for _ in range(30)]
     piece = event("x" * 100_000)
+    pieces = 2 * MEMORY_BYTES // len(piece) // len(streams)
+    assert pieces * len(piece) < STREAM_BYTES
+    for _ in range(pieces):
+        for stream in streams:
+            recorder.reply_data(stream, now + 5_000_000, piece)
+    assert MEMORY_BYTES < recorder._waiting_bytes < MEMORY_BYTES + (2 << 20)
+    os.kill(recorder._life.process.pid, signal.SIGCONT)
+    for stream in streams:
+        recorder.close(stream, now + 6_000_000, {"outcome": "ok", "send_ns": now + 1_000_000})
+    summary = recorder.finish()
+    assert (summary.seen, summary.rows) == (len(streams), len(streams))
+    for row in open_tape(tmp_path / "a.tape").read(["events_dropped", "off_us"]).to_pylist():
+        assert row["events_dropped"] > 0
+        assert row["events_dropped"] + len(row["off_us"]) == pieces + 2
+
+
+def test_a_flood_while_the_writer_is_stuck_costs_its_own_detail_and_nobody_elses(
+    tmp_path: Path,
+) -> None:
+    recorder = start(tmp_path / "a.tape")
+    os.kill(recorder._life.process.pid, signal.SIGSTOP)
+    now = time.monotonic_ns()
+    flood, quiet = begin(recorder, now), begin(recorder, now)
+    piece = b"%x\r\n%s\r\n" % (len(event("x" * 100_000)), event("x" * 100_000))
     pieces = 2 * MEMORY_BYTES // len(piece)
     for _ in range(pieces):
-        recorder.reply_data(stream, now + 5_000_000, piece)
-    assert recorder._waiting_bytes < MEMORY_BYTES + (2 << 20)
+        recorder.reply_chunked(flood, now + 5_000_000, piece)
+    recorder.reply_chunked(quiet, now + 5_000_000, piece)
+    assert recorder._waiting_bytes < STREAM_BYTES + (2 << 20)
     os.kill(recorder._life.process.pid, signal.SIGCONT)
-    recorder.close(stream, now + 6_000_000, {"outcome": "ok", "send_ns": now + 1_000_000})
-    summary = recorder.finish()
-    assert (summary.seen, summary.rows) == (1, 1)
-    (row,) = open_tape(tmp_path / "a.tape").read(["events_dropped", "off_us"]).to_pylist()
-    assert row["events_dropped"] > 0
-    assert row["events_dropped"] + len(row["off_us"]) == pieces + 2
+    while recorder._waiting:
+        recorder.flush()
+        time.sleep(0.001)
+    recorder.reply_chunked(flood, now + 6_000_000, piece)  # the writer is back: recorded again
+    for stream in (flood, quiet):
+        recorder.close(stream, now + 7_000_000, {"outcome": "ok", "send_ns": now + 1_000_000})
+    recorder.finish()
+    columns = ["events_dropped", "off_us", "parse_status"]
+    flooded, kept = open_tape(tmp_path / "a.tape").read(columns).to_pylist()
+    assert flooded["events_dropped"] + len(flooded["off_us"]) == pieces + 1 + 2
+    assert (flooded["off_us"][-1], flooded["parse_status"]) == (5_000, "partial")
+    assert (kept["events_dropped"], len(kept["off_us"])) == (None, 3)
+
+
+def test_a_reply_without_end_is_kept_up_to_a_bound_and_the_rest_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "MAX_EVENTS", 100)
+    clock, now = TapeClock.start(0, "w0"), time.monotonic_ns()
+    found: list[dict[str, Any]] = []
+
+    class Sink:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *a: found.append(a[1]) if name == "finished" else None
+
+    assembler = assemble.Assembler(clock, Privacy("none", bytes(32)), Sink())  # type: ignore[arg-type]
+    records = [(blocks.OPEN, msgspec.msgpack.encode([{}, HEAD]))]
+    records += [(blocks.REQUEST_BODY, BODY), (blocks.MARK, b"request_end_ns")]
+    head = [200, [(b"content-type", b"text/event-stream")]]
+    records += [(blocks.REPLY_HEAD, msgspec.msgpack.encode(head))]
+    records += [(blocks.REPLY_DATA, event("x"))] * 300
+    records += [(blocks.CLOSE, msgspec.msgpack.encode({"outcome": "ok"}))]
+    block = b"".join(
+        blocks.RECORD.pack(kind, 1, now + n, blocks.NO_STAMP, len(payload)) + payload
+        for n, (kind, payload) in enumerate(records)
+    )
+    assembler.take(memoryview(block))
+    (row,) = found
+    assert len(row["off_us"]) + row["events_dropped"] == 300
+    assert len(row["off_us"]) == 100
+    assert (row["parse_status"], row.get("output_tokens")) == ("truncated", None)
 
 
 def test_a_second_life_appends_and_seals_what_the_first_left(tmp_path: Path) -> None:
@@ -339,20 +403,22 @@ def test_pieces_that_were_dropped_leave_no_false_prompt_structure(tmp_path: Path
     recorder = start(tmp_path / "a.tape")
     os.kill(recorder._life.process.pid, signal.SIGSTOP)
     now = time.monotonic_ns()
-    filler = begin(recorder, now)
+    fillers = [begin(recorder, now) for _ in range(30)]
     while recorder._waiting_bytes <= MEMORY_BYTES:
-        recorder.reply_data(filler, now, b"x" * 200_000)
+        for filler in fillers:
+            recorder.reply_data(filler, now, b"x" * 200_000)
     stream = recorder.open(now + 1, {}, HEAD)
     recorder.request_body(stream, now, BODY)
     os.kill(recorder._life.process.pid, signal.SIGCONT)
     recorder.mark(stream, "request_end_ns", now)
     recorder.close(stream, now, {"outcome": "client_abort"})
-    recorder.close(filler, now, {"outcome": "client_abort"})
+    for filler in fillers:
+        recorder.close(filler, now, {"outcome": "client_abort"})
     recorder.finish()
     columns = ["block_hashes", "prompt_bytes", "parse_status", "events_dropped"]
     rows = open_tape(tmp_path / "a.tape").read(columns).to_pylist()
     assert rows[0]["block_hashes"] is not None
-    assert rows[1] == {
+    assert rows[-1] == {
         "block_hashes": None,
         "prompt_bytes": None,
         "parse_status": "partial",

@@ -20,6 +20,7 @@ from tokentape.traces.schema import INSTANTS, INTEGER_BOUNDS, allowed
 from tokentape.traces.wire import Reply, ReplyParser, read_request, reply_parser, wire_format
 from tokentape.traces.wire.reply import StreamParser
 
+MAX_EVENTS = 1 << 20  # of one request, those beyond are counted: 5 hours at 50 tokens a second
 MAX_BODIES_BYTES = 256 << 20  # of all requests together that wait to be parsed
 CREDENTIALS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
 MAX_ENDPOINT_CHARS = 256
@@ -55,6 +56,7 @@ class OpenRequest:
     """What is known of one request while it runs; times are monotonic ns until the row is made."""
 
     __slots__ = (
+        "beyond",
         "body",
         "body_bytes",
         "framing",
@@ -80,6 +82,7 @@ class OpenRequest:
         self.lag_max_us = -1  # of the reads that the kernel stamped
         self.stamps_missing = False  # a read of the reply has the process's own stamp
         self.journaled = (0, 0)
+        self.beyond = 0  # pieces of the reply that came after MAX_EVENTS
 
 
 class Assembler:
@@ -282,8 +285,13 @@ class Assembler:
             request.last_ns = t_ns
             request.row.setdefault("first_byte_ns", t_ns)
         request.reply_bytes += len(data)
-        if request.parser is not None:
-            request.parser.feed(data, t_ns, request.read)
+        parser = request.parser
+        if parser is None:
+            return
+        if len(parser.t_ns) + len(parser.aux_t_ns) < MAX_EVENTS:
+            parser.feed(data, t_ns, request.read)
+        else:
+            request.beyond += 1
 
     def _close(self, stream: int, request: OpenRequest, t_ns: int, columns: dict[str, Any]) -> None:
         self._read_request(stream, request)
@@ -298,6 +306,8 @@ class Assembler:
         if request.parser is not None:
             reply = request.parser.finish(t_ns, row["outcome"] == "ok")
             _merge_reply(row, reply, streamed=isinstance(request.parser, StreamParser))
+        if request.beyond or row.get("events_dropped"):
+            _admit_unread(row, request.beyond)
         _mark_early(row)
         visible = self._visible(row)
         del self.open[stream]
@@ -391,6 +401,14 @@ def _merge_reply(row: dict[str, Any], reply: Reply, *, streamed: bool) -> None:
         stream_columns(
             row, reply.t_ns, reply.ntok, reply.cls, reply.choice, reply.aux_t_ns, reply.aux_cls
         )
+
+
+def _admit_unread(row: dict[str, Any], beyond: int) -> None:
+    """Pieces were dropped on their way, or came beyond the bound: no tokens from the rest alone."""
+    row["events_dropped"] = (row.get("events_dropped") or 0) + beyond
+    row["parse_status"] = "truncated" if beyond else "partial"
+    if row.get("output_tokens_source") != "usage":
+        row["output_tokens"] = row["output_tokens_source"] = None
 
 
 def stream_columns(

@@ -24,9 +24,9 @@ from tokentape.traces.errors import TapeError
 from tokentape.traces.writer_life import WriterLife
 
 FLUSH_EVERY_S = 0.1
-MEMORY_BYTES = (
-    64 << 20
-)  # waiting for a stalled writer: beyond it detail is dropped, beyond twice rows
+# What may wait for a stalled writer: beyond it detail is dropped, beyond twice rows.
+MEMORY_BYTES = 64 << 20
+STREAM_BYTES = 8 << 20  # of one stream meanwhile: a flood must not cost the others their detail
 FINISH_TIMEOUT_S = 120.0
 MAX_VALUE_BYTES = 8192  # of a header or a path
 READ_HEADERS = frozenset(
@@ -97,6 +97,8 @@ class Recorder:
         self._streams = 0
         self._dropped: dict[int, int] = {}
         self._paused = self._shedding = self._given_up = False  # shedding: details are dropped
+        self._careful = False  # something waits: each stream may have its share
+        self._held: dict[int, int] = {}  # bytes of each stream since something waits
         self.losses: dict[str, int] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._past = _Past()
@@ -194,7 +196,7 @@ class Recorder:
         at = self._at
         body = at + _RECORD_BYTES
         end = body + size
-        if end > self._end or self._shedding or not stream:
+        if end > self._end or self._careful or not stream:
             self._data(blocks.REPLY_CHUNKED, stream, t_ns, lag_us, data)
             return
         _pack_into(self._block, at, blocks.REPLY_CHUNKED, stream, t_ns, lag_us, size)
@@ -230,7 +232,7 @@ class Recorder:
     ) -> None:
         if not stream:
             return
-        if self._shedding:
+        if self._shedding or (self._careful and self._over_share(stream, len(data))):
             if stream not in self._dropped:
                 self._dropped[stream] = 0
                 self._put(blocks.GAP, stream, t_ns, lag_us, b"")
@@ -302,6 +304,13 @@ class Recorder:
 
     def _shed(self) -> None:
         self._shedding = self._paused or self._waiting_bytes > MEMORY_BYTES
+        self._careful = self._shedding or bool(self._waiting)
+        if not self._waiting:
+            self._held.clear()
+
+    def _over_share(self, stream: int, size: int) -> bool:
+        held = self._held[stream] = self._held.get(stream, 0) + size
+        return held > STREAM_BYTES
 
     def _lose(self, reason: str, n: int = 1) -> None:
         self.losses[reason] = self.losses.get(reason, 0) + n
