@@ -1,6 +1,6 @@
 """mitmproxy's hooks to raw records: opens, stamps and closes one record per request.
 
-Nothing here raises into a flow: mitmproxy guards hooks, and the stream callables guard themselves,
+Nothing here raises into a flow: hooks are `guarded`, and the stream callables guard themselves,
 since a callable that raises would lose its chunk. A record is closed exactly once, when request and
 reply have both ended, or when either broke off.
 """
@@ -26,6 +26,22 @@ from tokentape.traces.blocks import MAX_BODY_BYTES, NO_STAMP
 from tokentape.traces.recording import Recorder, say
 
 _STATE = "tokentape"
+
+
+def guarded(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook of Capture whose failure is counted, and said once: traffic goes on.
+
+    mitmproxy would guard it as well, but takes an error while it starts for a reason to exit.
+    """
+
+    @functools.wraps(hook)
+    def call(self: "Capture", *args: Any) -> None:
+        try:
+            hook(self, *args)
+        except BaseException as error:  # noqa: BLE001 - traffic goes on whatever recording does
+            self.failed(hook.__name__, error)
+
+    return call
 
 
 class Exchange:
@@ -99,8 +115,14 @@ class Capture:
             }
             end |= {"http_status": 400, "deviations": ["refused"]}
             self._recorder.close(stream, time.monotonic_ns(), end)
-        except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
-            self.errors += 1
+        except BaseException as error:  # noqa: BLE001 - traffic goes on whatever recording does
+            self.failed("refused", error)
+
+    def failed(self, where: str, error: BaseException) -> None:
+        """Recording failed: count it, say the first one."""
+        self.errors += 1
+        if self.errors == 1:
+            say(f"recording failed in {where}: {error!r}; traffic goes on")
 
     def was_reset(self, connection_id: str) -> bool:
         """Whether the peer of an upstream connection reset it."""
@@ -109,6 +131,7 @@ class Capture:
 
     # -- connections ----------------------------------------------------------------------------
 
+    @guarded
     def client_connected(self, client: Client) -> None:
         """Number the connection and watch its socket."""
         self._connections += 1
@@ -119,6 +142,7 @@ class Capture:
             # Stock allows five upstream connections to each client connection: HTTP/2 streams wait.
             handler.max_conns = collections.defaultdict(lambda: asyncio.Semaphore(1 << 20))
 
+    @guarded
     def client_disconnected(self, client: Client) -> None:
         """Close what still waits for this client, forget the connection."""
         for flow in [f for f in self.open_flows.values() if f.client_conn.id == client.id]:
@@ -128,12 +152,14 @@ class Capture:
         self._clients.pop(client.id, None)
         self._notes.pop(client.id, None)
 
+    @guarded
     def server_connect(self, data: ServerConnectionHookData) -> None:
         """An upstream connection is about to be opened."""
         if (client := self._clients.get(data.client.id)) is not None:
             client.connecting += 1
         data.server.alpn_offers = (b"http/1.1",)  # an upstream connection for each HTTP/2 stream
 
+    @guarded
     def server_connected(self, data: ServerConnectionHookData) -> None:
         """Watch the upstream socket."""
         client, handler = self._clients.get(data.client.id), _handler(data.client.id)
@@ -141,17 +167,20 @@ class Capture:
             stamps = client.connected(data.server.id, handler.transports[data.server])
             self._upstreams[data.server.id] = stamps
 
+    @guarded
     def server_connect_error(self, data: ServerConnectionHookData) -> None:
         """An upstream connection could not be opened."""
         if (client := self._clients.get(data.client.id)) is not None and data.server.error:
             client.failed[data.server.error] = "connect"
 
+    @guarded
     def tls_established_server(self, data: TlsData) -> None:
         """The handshake's writes are not the request's."""
         client = self._clients.get(data.context.client.id)
         if client is not None and data.conn.id in client.upstreams:
             client.upstreams[data.conn.id].reset()
 
+    @guarded
     def tls_failed_server(self, data: TlsData) -> None:
         """The upstream's certificate is not to be trusted, or it does not speak TLS."""
         client = self._clients.get(data.context.client.id)
@@ -162,6 +191,7 @@ class Capture:
             self._told_tls = True
             say(f"upstream: {data.conn.error}; --upstream-ca names the authority to trust")
 
+    @guarded
     def server_disconnected(self, data: ServerConnectionHookData) -> None:
         """Forget the upstream socket."""
         self._notes.pop(data.server.id, None)
@@ -171,6 +201,7 @@ class Capture:
 
     # -- one request ----------------------------------------------------------------------------
 
+    @guarded
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """The head is complete: this is the arrival."""
         if _has_body(flow.request):
@@ -190,9 +221,12 @@ class Capture:
         now, lag_us = exchange.client_stamp
         row = self._arrival(client, now, lag_us)
         head = (request.data.method, request.data.path, list(request.headers.fields))
-        exchange.stream = self._recorder.open(now, row, head, lag_us)
         flow.metadata[_STATE] = exchange
         self.open_flows[flow.id] = flow
+        try:
+            exchange.stream = self._recorder.open(now, row, head, lag_us)
+        except BaseException as error:  # noqa: BLE001 - the exchange goes on, unrecorded
+            self.failed("open", error)
         return exchange
 
     def _arrival(self, client: ClientConnection | None, now: int, lag_us: int) -> dict[str, Any]:
@@ -205,11 +239,13 @@ class Capture:
             "attempt": 1,
         }
 
+    @guarded
     def request(self, flow: http.HTTPFlow) -> None:
         """The request is complete; streamed ones were stamped by their callable."""
         if (exchange := flow.metadata.get(_STATE)) is not None:
             self._end_request(exchange)
 
+    @guarded
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         """The reply's head is here: stamp what was sent before it, stream what follows."""
         exchange = flow.metadata.get(_STATE)
@@ -243,6 +279,7 @@ class Capture:
         else:
             stamps.relay = exchange.relay
 
+    @guarded
     def response(self, flow: http.HTTPFlow) -> None:
         """The reply is complete; the row waits for the rest of a request that is still coming."""
         exchange = flow.metadata.get(_STATE)
@@ -253,6 +290,7 @@ class Capture:
         if exchange.request_ended:
             exchange.reply()
 
+    @guarded
     def error(self, flow: http.HTTPFlow) -> None:
         """The exchange ended early, on either side, or was refused by mitmproxy itself."""
         exchange = flow.metadata.get(_STATE) or self._open(flow)
@@ -289,6 +327,7 @@ class Capture:
         else:
             close()
 
+    @guarded
     def cut_open(self) -> None:
         """What our own end cuts off is nobody's failure."""
         for flow in list(self.open_flows.values()):
@@ -321,8 +360,8 @@ class Capture:
                     recorder.request_body(exchange.stream, at_ns, data, lag_us)
                 else:
                     recorder.unkept(exchange.stream, at_ns, len(data), reply=False)
-            except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
-                self.errors += 1
+            except BaseException as error:  # noqa: BLE001 - traffic goes on whatever recording does
+                self.failed("a piece", error)
             return data
 
         return piece
@@ -342,8 +381,8 @@ class Capture:
                         recorder.reply_data(stream, at_ns, data, lag_us)
                     if hold_back is not None:
                         hold_back()
-            except BaseException:  # noqa: BLE001 - traffic goes on whatever recording does
-                self.errors += 1
+            except BaseException as error:  # noqa: BLE001 - traffic goes on whatever recording does
+                self.failed("a piece", error)
             return data
 
         return piece

@@ -1,6 +1,7 @@
 """A capture in a process of its own, and raw sockets around it, for tests."""
 
 import contextlib
+import os
 import signal
 import socket
 import socketserver
@@ -44,11 +45,19 @@ class Proxied:
 
 
 @contextlib.contextmanager
-def capturing(upstream: str, tape: Path, *options: str) -> Iterator[Proxied]:
+def capturing(
+    upstream: str, tape: Path, *options: str, environment: dict[str, str] | None = None
+) -> Iterator[Proxied]:
     """`tokentape capture` in front of `upstream`, listening on a free port."""
     command = [sys.executable, "-m", "tokentape", "capture", "--upstream", upstream]
     command += ["--tape", str(tape), "--listen", "127.0.0.1:0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | (environment or {}),
+    )
     try:
         assert process.stderr is not None
         heard = []
@@ -65,6 +74,48 @@ def capturing(upstream: str, tape: Path, *options: str) -> Iterator[Proxied]:
         for pipe in (process.stdout, process.stderr):
             assert pipe is not None
             pipe.close()
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent it is."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def commands(pids: list[int], word: str) -> list[int]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def workers(proxy: Proxied) -> list[int]:
+    return commands(children(proxy.process.pid), "tokentape.proxy.worker")
+
+
+def writers(proxy: Proxied) -> list[int]:
+    return [p for w in workers(proxy) for p in commands(children(w), "writer_process")]
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 Script = Callable[[socket.socket, bytes], None]
@@ -93,6 +144,16 @@ def scripted(script: Script) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def finished_rows(tape: Path) -> list[dict[str, Any]]:
+    """Rows of a tape that are finished, sealed or not."""
+    found = {r["request_id"].bytes: r for r in open_tape(tape).read().to_pylist()}
+    for _, file in journal.leftovers(tape):
+        with contextlib.suppress(FileNotFoundError):  # sealed meanwhile
+            for row in replay_journal(file).finished:
+                found.setdefault(row["request_id"], row)
+    return list(found.values())
 
 
 class Stage:
@@ -127,12 +188,7 @@ class Stage:
 
     def finished(self) -> list[dict[str, Any]]:
         """Every row that is finished, sealed or not."""
-        found = {r["request_id"].bytes: r for r in self.proxy.rows()}
-        for _, file in journal.leftovers(self.proxy.tape):
-            with contextlib.suppress(FileNotFoundError):  # sealed meanwhile
-                for row in replay_journal(file).finished:
-                    found.setdefault(row["request_id"], row)
-        return list(found.values())
+        return finished_rows(self.proxy.tape)
 
 
 @contextlib.contextmanager

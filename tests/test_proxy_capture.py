@@ -284,6 +284,29 @@ def test_with_a_full_disk_traffic_goes_on_and_the_loss_is_counted(small_disk: Pa
     assert said.count("No space left on device; traffic goes on") == 1
 
 
+def test_when_a_full_disk_has_room_again_what_waited_and_what_comes_is_kept(
+    small_disk: Path,
+) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(REPLIES["stream"])
+
+    def ask(count: int) -> None:
+        asked = post("/v1/completions", BODY, close=False)
+        for _ in range(count):
+            assert talk(proxy.host, proxy.port, asked, b"0\r\n\r\n") == REPLIES["stream"]
+
+    tape = small_disk / "a.tape"
+    with scripted(script) as upstream, capturing(upstream, tape) as proxy:
+        filler = fill(small_disk)
+        ask(10)
+        filler.unlink()
+        ask(10)
+        said = proxy.stop()
+    assert "20 requests seen, 20 rows" in said
+    assert "nothing lost" in said
+    assert len(proxy.rows()) == 20
+
+
 def test_bodies_that_are_no_json_pass_and_are_recorded_with_their_bytes(stage: Stage) -> None:
     def script(connection: socket.socket, request: bytes) -> None:
         assert request.endswith(b"\x00\xff{not json")

@@ -1,12 +1,14 @@
 """Where stock mitmproxy would break traffic: what the remedies do, case by case.
 
 Elsewhere: the five-stream limit, HTTP/2 clients that stop reading and TLS in test_proxy_tls.py;
-trailers, a dead upstream, one that closes before its head, early replies, drain and recorders that
-fail in test_proxy_capture.py; resets, 100-continue and bad chunks in test_proxy_exactness.py.
+trailers, a dead upstream, one that closes before its head, early replies and drain in
+test_proxy_capture.py; recorders that fail, mitmproxy's time limit and its silent crashes in
+test_proxy_fail_open.py; resets and bad chunks in test_proxy_exactness.py.
 """
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,3 +172,53 @@ def test_a_client_that_closes_its_side_has_left_as_for_the_server_itself(stage: 
         client.shutdown(socket.SHUT_WR)
         assert client.recv(65536) == b""
     assert stage.rows(path)[0]["outcome"] == "client_abort"
+
+
+def test_a_client_that_asks_before_it_sends_is_told_to_go_on_by_the_proxy(stage: Stage) -> None:
+    heard: list[bytes] = []
+
+    def script(connection: socket.socket, request: bytes) -> None:
+        heard.append(request)
+        connection.sendall(WHOLE)
+
+    path = stage.play(script)
+    go_on = b"HTTP/1.1 100 Continue\r\n\r\n"
+    asked = post(path, BODY, "Expect: 100-continue", close=False)
+    head = asked.removesuffix(BODY)
+    with socket.create_connection((stage.host, stage.port), timeout=10) as client:
+        client.sendall(head)
+        assert receive(client, len(go_on)) == go_on
+        client.sendall(BODY)
+        assert receive(client, len(WHOLE)) == WHOLE
+    (row,) = stage.rows(path)
+    assert (row["outcome"], row["deviations"]) == ("ok", ["continue"])
+    assert heard[0].endswith(b"\r\n\r\n" + BODY)
+
+
+def test_an_upstream_that_refuses_a_large_upload_and_hangs_up_is_heard(tmp_path: Path) -> None:
+    refused = b"HTTP/1.1 413 Too Large\r\nContent-Length: 4\r\nConnection: close\r\n\r\nlong"
+
+    def serve(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(refused)  # and closes with most of the upload unread: a reset
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, args=(server,))
+        thread.start()
+        upstream = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with capturing(upstream, tmp_path / "a.tape") as proxy:
+            with socket.create_connection((proxy.host, proxy.port), timeout=10) as client:
+                client.sendall(post("/v1/completions", b"x" * 20_000_000, close=False)[:200_000])
+                thread.join()
+                got = receive(client, len(refused))
+            proxy.stop()
+    (row,) = proxy.rows()
+    told = (row["http_status"], row.get("origin"), row["outcome"])
+    if got == refused:
+        assert told == (413, "upstream", "http_error")
+    else:  # the reset overtook the reply, which may happen to a client without a proxy as well
+        assert got.startswith(b"HTTP/1.1 502")
+        assert told == (502, "proxy", "upstream_abort")
+        assert row["deviations"] == ["upstream_failure_page"]

@@ -7,13 +7,25 @@ import random
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from proxied import Proxied, Script, capturing, chunk, post, receive, scripted, talk
+from proxied import (
+    Proxied,
+    Script,
+    capturing,
+    chunk,
+    ended,
+    post,
+    receive,
+    scripted,
+    talk,
+    until,
+    workers,
+    writers,
+)
 from tokentape.proxy.supervisor import bind
 from tokentape.traces.check import check
 from tokentape.traces.reader import open_tape
@@ -37,48 +49,6 @@ WHOLE = reply(3)
 
 def whole(connection: socket.socket, _: bytes) -> None:
     connection.sendall(WHOLE)
-
-
-def children(pid: int) -> list[int]:
-    """Processes whose parent it is."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == pid:
-                found.append(int(stat.parent.name))
-    return sorted(found)
-
-
-def commands(pids: list[int], word: str) -> list[int]:
-    found = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
-
-
-def workers(proxy: Proxied) -> list[int]:
-    return commands(children(proxy.process.pid), "tokentape.proxy.worker")
-
-
-def writers(proxy: Proxied) -> list[int]:
-    return [p for w in workers(proxy) for p in commands(children(w), "writer_process")]
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-
-
-def ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 @contextlib.contextmanager

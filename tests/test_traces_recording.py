@@ -232,7 +232,7 @@ def test_a_flood_while_the_writer_is_stuck_costs_its_own_detail_and_nobody_elses
     recorder = start(tmp_path / "a.tape")
     os.kill(recorder._life.process.pid, signal.SIGSTOP)
     now = time.monotonic_ns()
-    flood, quiet = begin(recorder, now), begin(recorder, now)
+    flood, quiet = begin(recorder, now), begin(recorder, now + 1_000)
     piece = b"%x\r\n%s\r\n" % (len(event("x" * 100_000)), event("x" * 100_000))
     pieces = 2 * MEMORY_BYTES // len(piece)
     for _ in range(pieces):
@@ -265,7 +265,7 @@ def test_a_reply_without_end_is_kept_up_to_a_bound_and_the_rest_is_counted(
         def __getattr__(self, name: str) -> Any:
             return lambda *a: found.append(a[1]) if name == "finished" else None
 
-    assembler = assemble.Assembler(clock, Privacy("none", bytes(32)), Sink())  # type: ignore[arg-type]
+    assembler = assemble.Assembler(clock, Privacy("none", bytes(32)), Sink())
     records = [(blocks.OPEN, msgspec.msgpack.encode([{}, HEAD]))]
     records += [(blocks.REQUEST_BODY, BODY), (blocks.MARK, b"request_end_ns")]
     head = [200, [(b"content-type", b"text/event-stream")]]
