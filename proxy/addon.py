@@ -14,15 +14,22 @@ from collections.abc import Callable
 from typing import Any
 
 from mitmproxy import ctx, http, tcp
-from mitmproxy.connection import Client, ConnectionState
+from mitmproxy.connection import Client
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from mitmproxy.tls import TlsData
 
 from tokentape.proxy import http2
 from tokentape.proxy.exact import raw_scanner
+from tokentape.proxy.exchange import (
+    Exchange,
+    client_left,
+    clock_of,
+    has_body,
+    path_columns,
+    why_no_reply,
+)
 from tokentape.proxy.relay import Relay, Relays, http_layer, relayable
 from tokentape.proxy.sockets import ClientConnection, KernelClock, SocketStamps, read_stamp
-from tokentape.traces.blocks import MAX_BODY_BYTES, NO_STAMP
 from tokentape.traces.recording import Recorder, say
 
 _STATE = "tokentape"
@@ -42,37 +49,6 @@ def guarded(hook: Callable[..., None]) -> Callable[..., None]:
             self.failed(hook.__name__, error)
 
     return call
-
-
-class Exchange:
-    """What the add-on keeps of one flow while it runs; `reply` holds the end of an early reply."""
-
-    __slots__ = (
-        "client",
-        "closed",
-        "deviations",
-        "relay",
-        "reply",
-        "request_ended",
-        "request_left",
-        "stream",
-        "upstream",
-    )
-
-    def __init__(self, stream: int, client: ClientConnection | None) -> None:
-        self.stream = stream
-        self.client = client
-        self.upstream: SocketStamps | None = None
-        self.deviations: list[str] = []
-        self.closed = self.request_ended = False
-        self.reply: Callable[[], None] | None = None
-        self.relay: Relay | None = None
-        self.request_left = MAX_BODY_BYTES  # what of the request's body is still kept
-
-    @property
-    def client_stamp(self) -> tuple[int, int]:
-        """(monotonic ns, lateness in us) of the client socket's last read."""
-        return read_stamp(self.client.socket if self.client else None)
 
 
 class Capture:
@@ -204,12 +180,12 @@ class Capture:
     @guarded
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """The head is complete: this is the arrival."""
-        if _has_body(flow.request):
+        if has_body(flow.request):
             flow.request.stream = True  # also when recording fails below
         exchange = self._open(flow)
         if flow.request.headers.get("expect", "").lower() == "100-continue":
             exchange.deviations.append("continue")
-        if _has_body(flow.request):
+        if has_body(flow.request):
             flow.request.stream = self._request_callable(exchange)
 
     def _open(self, flow: http.HTTPFlow) -> Exchange:
@@ -232,7 +208,7 @@ class Capture:
     def _arrival(self, client: ClientConnection | None, now: int, lag_us: int) -> dict[str, Any]:
         return {
             "arrival_ns": now,
-            "arrival_clock": _clock_of(client, lag_us),
+            "arrival_clock": clock_of(client, lag_us),
             "host": self._host,
             "worker": self._worker,
             "conn_id": client.number if client else None,
@@ -296,7 +272,7 @@ class Capture:
         exchange = flow.metadata.get(_STATE) or self._open(flow)
         if exchange.reply is not None:
             exchange.reply()
-        elif _client_left(flow):
+        elif client_left(flow):
             self._close(flow, "client_abort", {"origin": "upstream" if flow.response else None})
         elif flow.response is not None:
             if self.was_reset(flow.server_conn.id) and exchange.client is not None:
@@ -309,7 +285,7 @@ class Capture:
     def _close_with_page(self, flow: http.HTTPFlow, exchange: Exchange) -> None:
         """No reply came: the row closes with the page that mitmproxy writes next, if it does."""
         client = exchange.client
-        outcome, why = _why_no_reply(flow, client)
+        outcome, why = why_no_reply(flow, client)
 
         def close(page: bytes = b"") -> None:
             columns: dict[str, Any] = {"origin": "proxy", "error_type": why}
@@ -411,63 +387,8 @@ class Capture:
         if exchange.relay is not None:
             exchange.relay.end()
             columns["backpressure_ns"] = exchange.relay.backpressure_ns
-        columns |= _path_columns(flow, exchange)
+        columns |= path_columns(flow, exchange)
         self._recorder.close(exchange.stream, time.monotonic_ns(), columns)
-
-
-def _path_columns(flow: http.HTTPFlow, exchange: Exchange) -> dict[str, Any]:
-    """What the upstream connection tells; its set-up times are differences of wall stamps."""
-    conn = flow.server_conn
-    stamps = exchange.client.upstreams.get(conn.id) if exchange.client else None
-    if stamps is None:
-        return {}
-    columns: dict[str, Any] = {"upstream_reused": stamps.requests > 0}
-    if stamps.first_write_ns:
-        columns |= {"send_ns": stamps.first_write_ns, "send_end_ns": stamps.last_write_ns}
-    if stamps.requests == 0 and conn.timestamp_start and conn.timestamp_tcp_setup:
-        columns["connect_ns"] = int((conn.timestamp_tcp_setup - conn.timestamp_start) * 1e9)
-        if conn.timestamp_tls_setup:
-            columns["tls_ns"] = int((conn.timestamp_tls_setup - conn.timestamp_tcp_setup) * 1e9)
-    stamps.requests += 1
-    return columns
-
-
-def _why_no_reply(flow: http.HTTPFlow, client: ClientConnection | None) -> tuple[str, str]:
-    """(outcome, error type) of an exchange that mitmproxy ended before any reply."""
-    if client is not None and flow.request.is_http2:  # whose upstreams are opened side by side
-        told = flow.error.msg if flow.error is not None else ""
-        if step := client.failed.get(told):
-            return "connect_error", step
-        connected = flow.server_conn.timestamp_tcp_setup is not None
-    elif client is not None and client.tls_failed:
-        return "connect_error", "tls"
-    elif client is not None and client.connecting:
-        client.connecting -= 1
-        return "connect_error", "connect"
-    else:
-        connected = client is not None and bool(client.upstreams)
-    # what mitmproxy would not pass on never had an upstream
-    return ("upstream_abort", "no_reply") if connected else ("http_error", "refused")
-
-
-def _has_body(request: http.Request) -> bool:
-    """Whether to stream the request: a body is announced, and it is not empty."""
-    if "transfer-encoding" in request.headers:
-        return True
-    return bool(request.headers.get("content-length", "0") != "0")
-
-
-def _client_left(flow: http.HTTPFlow) -> bool:
-    if not flow.client_conn.state & ConnectionState.CAN_READ:
-        return True
-    told = flow.error.msg if flow.error is not None else ""
-    return flow.request.is_http2 and told.startswith("stream reset by client")
-
-
-def _clock_of(client: ClientConnection | None, lag_us: int) -> str:
-    if client is None:
-        return "coroutine"
-    return "callback" if lag_us == NO_STAMP else "kernel"
 
 
 def _holder(flow: http.HTTPFlow) -> Callable[[], None] | None:
