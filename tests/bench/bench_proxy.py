@@ -1,7 +1,7 @@
 """Cost of the proxy: added latency, CPU, requests a second and memory, beside nginx and stock.
 
     ./run bench proxy [--only direct,nginx,tokentape,stock] [--rates 1000,20000] [--runs 3]
-        [--seconds 5] [--json FILE]
+        [--loads events,requests] [--seconds 5] [--json FILE]
 
 Added latency is the difference to `direct` in the same run: from the server's send stamp to the
 client's kernel receive stamp. CPU is the proxy's own, by role (the writer is a process of its own).
@@ -24,7 +24,9 @@ from proxy_targets import TARGETS, Absent, Target, versions
 Row = dict[str, Any]
 DEFAULT = "direct,nginx,tokentape,stock"
 STREAM_RATE = 20  # events a second of a stream, but at the lowest rate
-RAMP_S = "1"
+TOKENS = 200  # of a stream; the next begins when it ends
+RAMP_S = 1.0
+SETTLE_S = 2.0  # between the ramp and the window
 
 
 def steal_s() -> float:
@@ -33,7 +35,12 @@ def steal_s() -> float:
 
 
 def one(
-    folder: Path, name: str, server: dict[str, int], load: list[str], seconds: float
+    folder: Path,
+    name: str,
+    server: dict[str, int],
+    load: list[str],
+    seconds: float,
+    ramp_s: float = RAMP_S,
 ) -> tuple[Row, Seen]:
     """One run of a load through a target: its figures, and what the client saw."""
     truth = Server(folder, **server, pinned=True)
@@ -51,7 +58,7 @@ def one(
             folder,
             target.port,
             *load,
-            *("-w", "2", "-s", str(seconds), "-a", RAMP_S),
+            *("-w", str(ramp_s + SETTLE_S), "-s", str(seconds), "-a", str(ramp_s)),
             pinned=True,
             on_begin=edge,
             on_end=edge,
@@ -86,8 +93,10 @@ def events(folder: Path, name: str, rate: int, seconds: float) -> Row:
     """Streams at a rate of events in all."""
     per_stream = 50 if rate <= 1000 else STREAM_RATE  # few fast ones, or many
     streams, gap_us = rate // per_stream, 1_000_000 // per_stream
-    load = ["-n", str(streams), "-t", "400"]
-    row, seen = one(folder, name, {"first_us": 20_000, "gap_us": gap_us}, load, seconds)
+    load = ["-n", str(streams), "-t", str(TOKENS)]
+    life_s = TOKENS * gap_us / 1e6  # begun over one life, so that ends and beginnings are spread
+    server = {"first_us": 20_000, "gap_us": gap_us}
+    row, seen = one(folder, name, server, load, seconds, ramp_s=life_s)
     latency = seen.latency_us()
     row |= {"events_per_s": len(latency) / seen.window_s} | quantiles(latency, "ms")
     for role in ("worker", "writer"):
@@ -145,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=DEFAULT)
     parser.add_argument("--rates", default="1000,8000,20000")
+    parser.add_argument("--loads", default="events,requests")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--json", type=Path)
@@ -169,17 +179,18 @@ def main() -> None:
         found[title] = with_added(rows, prefix)
         table(title, rows, columns)
 
-    for rate in map(int, options.rates.split(",")):
+    for rate in map(int, options.rates.split(",") if "events" in options.loads else ()):
         columns = ["events_per_s", "ms_p50", "ms_p99", "added_p50", "added_p99", "worker_cpu"]
         columns += ["worker_us_per_event", "writer_us_per_event", "worker_mb", "server_late_p99_us"]
         all_targets(f"{rate} events/s (ms)", columns, "ms", events, rate)
     columns = ["requests_per_s", "ttft_ms_p50", "ttft_ms_p99", "added_p50", "added_p99"]
     columns += ["worker_ms_per_request", "worker_cpu"]
-    for title, load in (
+    of_one_token = (
         ("time to first token, 20 requests/s, keep-alive (ms)", ["-r", "20"]),
         ("time to first token, 20 requests/s, new connections (ms)", ["-r", "20", "-f"]),
         ("closed loop of 16, keep-alive (ms)", ["-n", "16"]),
-    ):
+    )
+    for title, load in of_one_token if "requests" in options.loads else ():
         all_targets(title, columns, "ttft_ms", requests, load)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1, default=float))
