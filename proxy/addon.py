@@ -100,6 +100,14 @@ class Capture:
         if self.errors == 1:
             say(f"recording failed in {where}: {error!r}; traffic goes on")
 
+    def quiet_s(self, client_id: str) -> float:
+        """How long nothing was read from a client connection or written to it, but by a relay."""
+        client = self._clients.get(client_id)
+        if client is None:
+            return 0.0
+        last_ns = max(client.began_ns, client.socket.read_ns, client.socket.last_write_ns)
+        return (time.monotonic_ns() - last_ns) / 1e9
+
     def was_reset(self, connection_id: str) -> bool:
         """Whether the peer of an upstream connection reset it."""
         stamps = self._upstreams.get(connection_id)

@@ -19,6 +19,7 @@ from tokentape.traces.recording import Recorder
 
 BEAT_S = 0.1
 BEATS_PER_SAMPLE = 10
+BEATS_PER_KEEPING = 100  # 10 s; mitmproxy waits a day, and 2,000 relays take 2.4 ms
 LATE_S = 0.05  # a loop that is this late delays each event of each stream by as much
 LATE_BEATS = 20  # of lateness in a row, before recording yields: 2 s
 CALM_BEATS = 50  # without it in a row, before recording goes on: 5 s
@@ -89,8 +90,9 @@ class Pulse:
         if self._breaker.beat(late_s) != was_open:
             self._recorder.pause(paused=not was_open)
         self._capture.clock.refresh()
-        self._capture.relays.keep_alive()
         self._beats += 1
+        if self._beats % BEATS_PER_KEEPING == 0:
+            self._capture.relays.keep_alive()
         if self._beats % BEATS_PER_SAMPLE == 0:
             self._sample()
 

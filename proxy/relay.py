@@ -52,7 +52,7 @@ class Relays:
         self.open: set[Relay] = set()
 
     def keep_alive(self) -> None:
-        """Tell mitmproxy's watchdogs, which see nothing of what passes here. Call it often."""
+        """Tell mitmproxy's watchdogs, which see nothing of what passes here, now and then."""
         for relay in self.open:
             relay.handler.timeout_watchdog.register_activity()
 

@@ -1,6 +1,7 @@
 """The proxy in front of a server scripted byte by byte: what passes, and what is recorded."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -245,6 +246,23 @@ def test_at_sigterm_what_is_in_flight_ends_and_new_connections_are_refused(tmp_p
         proxy.process.wait(30)
     (row,) = proxy.rows()
     assert (row["outcome"], len(row["off_us"])) == ("ok", 2)
+
+
+def test_at_sigterm_a_client_that_has_just_come_is_still_answered(tmp_path: Path) -> None:
+    def script(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(REPLIES["whole"])
+
+    with scripted(script) as upstream, capturing(upstream, tmp_path / "a.tape") as proxy:
+        with socket.create_connection((proxy.host, proxy.port), timeout=10) as client:
+            proxy.process.terminate()
+            with contextlib.suppress(OSError):  # until the drain has begun
+                while True:
+                    socket.create_connection((proxy.host, proxy.port), timeout=10).close()
+            client.sendall(post("/v1/completions", BODY, close=False))
+            assert receive(client, len(REPLIES["whole"])) == REPLIES["whole"]
+            assert client.recv(1) == b""  # and is hung up on, without a reset
+        proxy.process.wait(30)
+    assert "ok" in [r["outcome"] for r in proxy.rows()]
 
 
 def test_a_second_request_on_a_connection_reuses_the_upstream_one(stage: Stage) -> None:

@@ -93,6 +93,7 @@ def main() -> None:
         break_layer()
     elif trouble == "watchdog":
         make_impatient()
+        pulse.BEATS_PER_KEEPING = 2
     elif trouble == "late":
         pulse.LATE_BEATS = pulse.CALM_BEATS = pulse.BEATS_PER_SAMPLE = 2
     else:
