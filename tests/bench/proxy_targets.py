@@ -213,7 +213,8 @@ def litellm(folder: Path, upstream: int) -> Target:
     config = folder / "litellm.yaml"
     config.write_text(LITELLM_CONFIG.format(upstream=upstream))
     where = ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
-    return spawn(folder, port, [LITELLM, "--config", str(config), *where])
+    keyless = ["env", "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY=true"]  # on loopback
+    return spawn(folder, port, [*keyless, LITELLM, "--config", str(config), *where])
 
 
 TARGETS: dict[str, Callable[[Path, int], Target]] = {
