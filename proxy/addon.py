@@ -101,11 +101,14 @@ class Capture:
             say(f"recording failed in {where}: {error!r}; traffic goes on")
 
     def quiet_s(self, client_id: str) -> float:
-        """How long nothing was read from a client connection or written to it, but by a relay."""
+        """How long nothing was read from a client connection or written to it, but by a relay.
+
+        0 for one that has not asked yet: it came to ask.
+        """
         client = self._clients.get(client_id)
-        if client is None:
+        if client is None or not client.socket.read_ns:
             return 0.0
-        last_ns = max(client.began_ns, client.socket.read_ns, client.socket.last_write_ns)
+        last_ns = max(client.socket.read_ns, client.socket.last_write_ns)
         return (time.monotonic_ns() - last_ns) / 1e9
 
     def was_reset(self, connection_id: str) -> bool:

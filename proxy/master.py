@@ -31,7 +31,9 @@ from tokentape.traces.errors import TokentapeError
 from tokentape.traces.recording import say
 
 DRAIN_POLL_S = 0.05
-QUIET_S = 0.25  # after a new connection, a read or a write a client may be about to ask
+QUIET_S = (
+    0.25  # a client that was heard or told of so lately, or not at all yet, may be about to ask
+)
 PATIENT_S = 1.0  # how long that is respected: some clients never are quiet
 SAID_ERRORS = 5  # further ones are only counted
 

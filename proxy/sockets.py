@@ -250,20 +250,10 @@ def stamped_socket(writer: Any) -> StampedSocket | None:
 class ClientConnection:
     """One client connection and the upstream sockets that mitmproxy opened for it."""
 
-    __slots__ = (
-        "began_ns",
-        "clock",
-        "connecting",
-        "failed",
-        "number",
-        "socket",
-        "tls_failed",
-        "upstreams",
-    )
+    __slots__ = ("clock", "connecting", "failed", "number", "socket", "tls_failed", "upstreams")
 
     def __init__(self, number: int, clock: KernelClock, io: Any) -> None:
         self.number = number
-        self.began_ns = monotonic_ns()
         self.clock = clock
         self.socket = SocketStamps(clock, io)
         self.upstreams: dict[str, SocketStamps] = {}

@@ -62,7 +62,7 @@ def send(
     broken_at: int | None = None,
     **options: Any,
 ) -> tuple[Sent, Rows, Server]:
-    """Send one small request at each due time; `during` is called once all are under way."""
+    """Send one small request at each due time; `during` is called once the first are there."""
     rows = Rows()
     with serve(script) as server:
         url = URL(server.url + "/v1/completions")
@@ -75,10 +75,18 @@ def send(
         async def main() -> Sent:
             async with open_client() as client:
                 sending = Sender(client, rows, list(due_ns), prepare, **options)
-                if during is not None:
-                    loop = asyncio.get_running_loop()
-                    loop.call_later(0.5, during, sending, server)
-                return await sending.run()
+                watching = asyncio.ensure_future(call_during(sending))
+                try:
+                    return await sending.run()
+                finally:
+                    watching.cancel()
+
+        async def call_during(sending: Sender) -> None:
+            first = sum(due < 300 * MS for due in due_ns)
+            while during is not None and len(server.seen) < first:  # noqa: ASYNC110 - in a thread
+                await asyncio.sleep(0.005)
+            if during is not None:
+                during(sending, server)
 
         sent = asyncio.run(main())
     return sent, rows, server
