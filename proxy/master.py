@@ -31,10 +31,9 @@ from tokentape.traces.errors import TokentapeError
 from tokentape.traces.recording import say
 
 DRAIN_POLL_S = 0.05
-QUIET_S = (
-    0.25  # a client that was heard or told of so lately, or not at all yet, may be about to ask
-)
-PATIENT_S = 1.0  # how long that is respected: some clients never are quiet
+# A client that was read or written to so lately, or has not asked yet, may be about to ask; that is
+# respected for a while only, since some clients never are quiet.
+QUIET_S, PATIENT_S = 0.25, 1.0
 SAID_ERRORS = 5  # further ones are only counted
 
 

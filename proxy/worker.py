@@ -69,7 +69,7 @@ async def _serve(
     )
     pulse.stop()
     loop.remove_reader(control.fileno())
-    return errors + addon.errors
+    return errors + addon.errors + addon.relays.failures
 
 
 def _hear(control: socket.socket, stop: asyncio.Event) -> None:

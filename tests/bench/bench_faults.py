@@ -61,7 +61,7 @@ FAULTY_ONE_IN = 3  # of the requests, where upstream or client is what fails
 LARGE_ONE_IN = 40  # of the requests, where the client reads slowly
 PAUSE_S = 2.0  # of a slow client, before it reads at all
 DISK_MB = 16
-SLOW_WRITE_MS, SLOW_SYNC_MS = 50, 200  # a seal makes some 400 writes
+SLOW_WRITE_MS, SLOW_SYNC_MS = 50, 200
 NEVER_READ_BYTES = 1 << 16  # a slow client's receive buffer: the rest has to wait in the proxy
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST
 
@@ -305,7 +305,6 @@ class Rig:
     proxy: Proxied
     load: Load
     disk: Path
-    requests: int
     notes: list[str] = field(default_factory=list)
 
     def more(self, requests: int) -> None:
@@ -481,7 +480,7 @@ def strike(name: str, requests: int) -> Row:
             capturing(url, disk / "a.tape", *fault.options, environment=environment)
         )
         load = Load(fault, (proxy.host, proxy.port))
-        rig = Rig(proxy, load, disk, requests)
+        rig = Rig(proxy, load, disk)
         begun_s = time.monotonic()
         load.start()
         try:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import re
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -30,8 +29,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from bench_proxy import Row, events, median_of, one, quantiles, requests, steal_s, with_added
-from proxy_load import START_S, Seen, Server, compiled, drive, free_port
-from proxy_targets import HERE, TARGETS, Absent, Target, spawn, tokentape, versions
+from proxy_load import START_S, Seen, Server, compiled, drive
+from proxy_targets import HERE, TARGETS, Target, tokentape, versions
 
 from tokentape.traces.reader import Tape, open_tape
 
@@ -49,17 +48,8 @@ STAMPS_S = 10.0
 
 def unrecorded(folder: Path, upstream: int) -> Target:
     """As `tokentape`, with recording paused from the start."""
-    port = free_port()
-    script = [sys.executable, str(HERE / "proxy_unrecorded.py"), "tokentape", "capture"]
-    script += ["--tape", str(folder / "unrecorded.tape"), "--listen", f"127.0.0.1:{port}"]
-    target = spawn(folder, port, [*script, "--upstream", f"http://127.0.0.1:{upstream}"])
-    deadline = time.monotonic() + START_S
-    while "listening on" not in (folder / "target.err").read_text():
-        if time.monotonic() > deadline:
-            raise Absent("does not get ready")
-        time.sleep(0.05)
-    target.writer_aside()
-    return target
+    script = str(HERE / "proxy_unrecorded.py")
+    return tokentape(folder, upstream, program=(script, "tokentape"))
 
 
 TARGETS["unrecorded"] = unrecorded

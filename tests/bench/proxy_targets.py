@@ -174,10 +174,12 @@ def nginx(folder: Path, upstream: int) -> Target:
     return spawn(folder, port, [program, "-p", str(folder), "-c", str(config)])
 
 
-def tokentape(folder: Path, upstream: int, *options: str) -> Target:
+def tokentape(
+    folder: Path, upstream: int, *options: str, program: tuple[str, ...] = ("-m", "tokentape")
+) -> Target:
     port = free_port()
     tape = folder / f"bench-{time.monotonic_ns()}.tape"
-    command = [sys.executable, "-m", "tokentape", "capture", "--tape", str(tape)]
+    command = [sys.executable, *program, "capture", "--tape", str(tape)]
     command += ["--upstream", f"http://127.0.0.1:{upstream}", "--listen", f"127.0.0.1:{port}"]
     target = spawn(folder, port, [*command, *options])
     # Its port takes connections before its worker serves them: it says when that is.
