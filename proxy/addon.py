@@ -314,11 +314,14 @@ class Capture:
         else:
             close()
 
-    @guarded
     def cut_open(self) -> None:
         """What our own end cuts off is nobody's failure."""
         for flow in list(self.open_flows.values()):
-            self._close(flow, "cut", {})
+            self._cut(flow)
+
+    @guarded
+    def _cut(self, flow: http.HTTPFlow) -> None:
+        self._close(flow, "cut", {})
 
     # -- what is passed on and not kept ---------------------------------------------------------
 
