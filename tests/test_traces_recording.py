@@ -16,7 +16,7 @@ import pytest
 
 from conftest import fill
 from tokentape.traces import assemble, blocks
-from tokentape.traces.check import Finding, check
+from tokentape.traces.check import check
 from tokentape.traces.clock import TapeClock
 from tokentape.traces.errors import TapeError
 from tokentape.traces.privacy import Privacy
@@ -180,28 +180,6 @@ def test_after_kill_9_of_both_processes_the_journal_holds_all_and_recover_seals_
     assert cut["off_us"] == [2000, 3000]
     assert cut["model_requested"] == "m"
     assert check(open_tape(tape)) == []
-
-
-def test_a_writer_that_dies_costs_rows_that_are_counted_and_nothing_else(tmp_path: Path) -> None:
-    troubles: list[str] = []
-    recorder = start(tmp_path / "a.tape", on_trouble=troubles.append)
-    now = time.monotonic_ns()
-    finish(recorder, begin(recorder, now), now)
-    recorder.flush()
-    wait_for(lambda: open_tape(tmp_path / "a.tape").unsealed_rows == 1, "journaled")
-    os.kill(recorder._life.process.pid, signal.SIGKILL)
-    recorder._life.process.wait()
-    for _ in range(3):
-        finish(recorder, begin(recorder, now), now)
-        recorder.flush()
-    summary = recorder.finish()
-    assert troubles == ["the writer process died: traffic goes on; a new one is started"]
-    assert (summary.seen, summary.rows, summary.losses) == (4, 3, {"killed": 1})
-    tape = open_tape(tmp_path / "a.tape")
-    assert (tape.rows, tape.losses, tape.unsealed_rows) == (3, {"killed": 1}, 0)
-    assert sum(tape.facts["lost_reads"].values()) == summary.lost_reads == 3
-    assert check(tape) == [Finding("warning", str(tape.path), "lost: killed", 1)]
-    assert [f.name for f in (tape.path / "journal").iterdir()] == ["lock"]
 
 
 def test_a_stuck_writer_bounds_memory_then_drops_detail_and_counts_it(tmp_path: Path) -> None:

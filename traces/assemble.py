@@ -5,6 +5,7 @@ to the rows has passed the privacy mode. It never raises on what a client or a s
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -15,9 +16,10 @@ from tokentape.traces.blocks import MAX_BODY_BYTES
 from tokentape.traces.chunked import ChunkDecoder
 from tokentape.traces.clock import TapeClock
 from tokentape.traces.identity import request_id
+from tokentape.traces.open_request import OpenRequest, State, Unfinished
 from tokentape.traces.privacy import Privacy
 from tokentape.traces.schema import INSTANTS, INTEGER_BOUNDS, allowed
-from tokentape.traces.wire import Reply, ReplyParser, read_request, reply_parser, wire_format
+from tokentape.traces.wire import Reply, ReplyParser, read_request, wire_format
 from tokentape.traces.wire.reply import StreamParser
 
 MAX_EVENTS = 1 << 20  # of one request, those beyond are counted: 5 hours at 50 tokens a second
@@ -50,39 +52,6 @@ class Sink(Protocol):
 
     def sampled(self, samples: list[tuple[int, int, str, str, str, float]]) -> None:
         """Telemetry samples, in tape time."""
-
-
-class OpenRequest:
-    """What is known of one request while it runs; times are monotonic ns until the row is made."""
-
-    __slots__ = (
-        "beyond",
-        "body",
-        "body_bytes",
-        "framing",
-        "journaled",
-        "lag_max_us",
-        "last_ns",
-        "parser",
-        "read",
-        "reply_bytes",
-        "row",
-        "stamps_missing",
-    )
-
-    def __init__(self, row: dict[str, Any]) -> None:
-        self.row = row
-        self.body: bytearray | None = bytearray()
-        self.body_bytes = 0
-        self.parser: ReplyParser | None = None
-        self.read = 0
-        self.last_ns = 0
-        self.reply_bytes = 0
-        self.framing: ChunkDecoder | None = None
-        self.lag_max_us = -1  # of the reads that the kernel stamped
-        self.stamps_missing = False  # a read of the reply has the process's own stamp
-        self.journaled = (0, 0)
-        self.beyond = 0  # pieces of the reply that came after MAX_EVENTS
 
 
 class Assembler:
@@ -254,16 +223,9 @@ class Assembler:
             "http_status": status,
             "content_encoding": encoding,
         }
-        row = request.row
-        row.update(columns)
+        request.row.update(columns)
         self._sink.learned(stream, self._visible(columns))
-        request.parser = reply_parser(
-            row.get("wire_format") or "unknown",
-            bool(row.get("stream")),
-            status,
-            found.get(b"content-type", ""),
-            encoding or "",
-        )
+        request.read_reply_as(found.get(b"content-type", ""))
 
     def _reply_data(self, kind: int, stream: int, t_ns: int, lag_us: int, data: bytes) -> None:
         request = self.open.get(stream)
@@ -281,9 +243,7 @@ class Assembler:
         elif lag_us > request.lag_max_us:
             request.lag_max_us = lag_us
         if t_ns != request.last_ns:
-            request.read += 1
-            request.last_ns = t_ns
-            request.row.setdefault("first_byte_ns", t_ns)
+            self._new_read(stream, request, t_ns)
         request.reply_bytes += len(data)
         parser = request.parser
         if parser is None:
@@ -292,6 +252,13 @@ class Assembler:
             parser.feed(data, t_ns, request.read)
         else:
             request.beyond += 1
+
+    def _new_read(self, stream: int, request: OpenRequest, t_ns: int) -> None:
+        request.read += 1
+        request.last_ns = t_ns
+        if "first_byte_ns" not in request.row:
+            request.row["first_byte_ns"] = t_ns
+            self._sink.learned(stream, self._visible({"first_byte_ns": t_ns}))
 
     def _close(self, stream: int, request: OpenRequest, t_ns: int, columns: dict[str, Any]) -> None:
         self._read_request(stream, request)
@@ -306,8 +273,8 @@ class Assembler:
         if request.parser is not None:
             reply = request.parser.finish(t_ns, row["outcome"] == "ok")
             _merge_reply(row, reply, streamed=isinstance(request.parser, StreamParser))
-        if request.beyond or row.get("events_dropped"):
-            _admit_unread(row, request.beyond)
+        if request.beyond or request.missed or row.get("events_dropped"):
+            _admit_unread(row, request.beyond, request.missed)
         _mark_early(row)
         visible = self._visible(row)
         del self.open[stream]
@@ -327,29 +294,38 @@ class Assembler:
             self._close(stream, request, t_ns, {"outcome": "cut"})
         return count
 
-    def new_events(self) -> list[tuple[int, list[bytes]]]:
-        """(stream, raw arrays in the journal's order) of the events since the last call."""
-        found = []
-        for stream, request in self.open.items():
-            parser = request.parser
-            if parser is None:
-                continue
-            first, first_aux = request.journaled
-            request.journaled = (len(parser.t_ns), len(parser.aux_t_ns))
-            if request.journaled != (first, first_aux):
-                found.append((stream, self._raw(parser, first, first_aux)))
-        return found
+    def adopt(self, stream: int, left: Unfinished) -> None:
+        """Go on with a request of a writer that is dead."""
+        self.open[stream] = OpenRequest.resume(left, self._clock.offset_ns)
 
-    def snapshot(self) -> list[tuple[int, dict[str, Any], list[bytes] | None]]:
-        """(stream, visible row, all events so far) of every open request, for a new journal."""
-        return [
-            (
-                stream,
-                self._visible(request.row),
-                self._raw(request.parser, 0, 0) if request.parser else None,
-            )
-            for stream, request in self.open.items()
-        ]
+    def news(self) -> Iterator[tuple[int, list[bytes] | None, State]]:
+        """(stream, new events as raw arrays in the journal's order, state) of what has changed."""
+        for stream, request in self.open.items():
+            state = request.changed_state()
+            if state is None:
+                continue
+            raw, parser = None, request.parser
+            if parser is not None:
+                first, first_aux = request.journaled
+                request.journaled = (len(parser.t_ns), len(parser.aux_t_ns))
+                if request.journaled != (first, first_aux):
+                    raw = self._raw(parser, first, first_aux)
+                self._name_reply(stream, request.row, parser)
+            yield stream, raw, state
+
+    def _name_reply(self, stream: int, row: dict[str, Any], parser: ReplyParser) -> None:
+        """Let the journal have the names that a server gives only once."""
+        for column in ("model", "response_id"):
+            name = getattr(parser.facts, column)
+            if name is not None and row.get(column) is None:
+                row[column] = name
+                self._sink.learned(stream, self._visible({column: name}))
+
+    def snapshot(self) -> Iterator[tuple[int, dict[str, Any], list[bytes] | None, State]]:
+        """(stream, visible row, all events so far, state) of every open request."""
+        for stream, request in self.open.items():
+            raw = self._raw(request.parser, 0, 0) if request.parser else None
+            yield stream, self._visible(request.row), raw, request.current_state()
 
     def _raw(self, parser: ReplyParser, first: int, first_aux: int) -> list[bytes]:
         offset = self._clock.offset_ns
@@ -403,9 +379,9 @@ def _merge_reply(row: dict[str, Any], reply: Reply, *, streamed: bool) -> None:
         )
 
 
-def _admit_unread(row: dict[str, Any], beyond: int) -> None:
-    """Pieces were dropped on their way, or came beyond the bound: no tokens from the rest alone."""
-    row["events_dropped"] = (row.get("events_dropped") or 0) + beyond
+def _admit_unread(row: dict[str, Any], beyond: int, missed: int) -> None:
+    """Pieces were dropped, died with a writer or came too late: no tokens from the rest alone."""
+    row["events_dropped"] = (row.get("events_dropped") or 0) + beyond + missed
     row["parse_status"] = "truncated" if beyond else "partial"
     if row.get("output_tokens_source") != "usage":
         row["output_tokens"] = row["output_tokens_source"] = None

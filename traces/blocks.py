@@ -1,7 +1,9 @@
 """Blocks of raw records through anonymous shared memory, from a hot process to its writer process.
 
 Slots of one memfd carry the bytes, a SEQPACKET socket says who owns a slot. A sender fills a free
-slot or is told that there is none; it never waits. What crosses here is raw and stays in memory.
+slot or is told that there is none; it never waits. A slot is given back when what it carried is in
+the journal, so that the blocks of a dead writer can be sent again to the next one.
+ What crosses here is raw and stays in memory.
 """
 
 import mmap
@@ -73,6 +75,8 @@ class BlockSender:
         self.memory = channel.memory
         channel.sock.setblocking(False)
         self._free = deque(range(SLOTS))
+        self._sent: deque[tuple[int, int]] = deque()  # (where, bytes) of blocks not confirmed yet
+        self.confirmed = 0  # blocks that the writer has done with
         self.alive = True
 
     def claim(self) -> int | None:
@@ -85,6 +89,7 @@ class BlockSender:
 
     def commit(self, at: int, size: int) -> bool:
         """Hand a filled slot to the writer; False when the writer is gone."""
+        self._sent.append((at, size))
         try:
             self._channel.sock.send(_SLOT.pack(_FULL, at // SLOT_BYTES, size))
         except OSError:  # the socket holds more notes than there are slots: it never fills up
@@ -113,9 +118,15 @@ class BlockSender:
                 self.alive = False
             elif message[0] == _FREE:
                 self._free.appendleft(_SLOT.unpack(message)[1])  # the warm one goes first
+                self._sent.popleft()
+                self.confirmed += 1
             else:
                 notes.append(message[1:])
         return notes
+
+    def unconfirmed(self) -> list[bytearray]:
+        """Copies of the blocks that a dead writer did not confirm, in the order they were sent."""
+        return [bytearray(self.memory[at : at + size]) for at, size in self._sent]
 
 
 class BlockReceiver:
@@ -124,11 +135,13 @@ class BlockReceiver:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._view = memoryview(channel.memory)
+        self._held: list[int] = []  # slots that were received and not confirmed
+        self.received = 0
 
     def receive(self, timeout_s: float) -> tuple[memoryview | None, bytes | None]:
         """(block, None), (None, note), or (None, None) after the timeout; EOFError at the end.
 
-        A block's view is valid until `release`.
+        A block's view is valid until `confirm`.
         """
         self._channel.sock.settimeout(max(timeout_s, 0.001))
         try:
@@ -142,18 +155,26 @@ class BlockReceiver:
             raise EOFError
         if message[0] == _NOTE:
             return None, message[1:]
-        _, self._slot, size = _SLOT.unpack(message)
-        at = self._slot * SLOT_BYTES
-        return self._view[at : at + size], None
+        _, slot, size = _SLOT.unpack(message)
+        self._held.append(slot)
+        self.received += 1
+        return self.slot(slot * SLOT_BYTES, size), None
 
     def slot(self, at: int, size: int) -> memoryview:
         """Part of the memory by its place."""
         return self._view[at : at + size]
 
-    def release(self) -> None:
-        """Give the last block's slot back."""
+    @property
+    def held(self) -> int:
+        """Blocks that were received and not confirmed."""
+        return len(self._held)
+
+    def confirm(self) -> None:
+        """Give the slots of all received blocks back: they need not come again."""
+        self._channel.sock.settimeout(None)
         try:
-            self._channel.sock.settimeout(None)
-            self._channel.sock.send(_SLOT.pack(_FREE, self._slot, 0))
+            for slot in self._held:
+                self._channel.sock.send(_SLOT.pack(_FREE, slot, 0))
         except OSError:
-            return  # the hot process is gone: nobody waits for the slot
+            pass  # the hot process is gone: nobody waits for them
+        self._held.clear()

@@ -135,6 +135,21 @@ class ChunkDecoder:
         """Pieces are missing here: go on with the next piece that begins with a whole size line."""
         self._left, self._line, self._lost = 0, b"", True
 
+    @property
+    def place(self) -> int | None:
+        """Bytes until the next size line, for `resume`; None where that is not known."""
+        return None if self._lost or self._line else self._left
+
+    @classmethod
+    def resume(cls, place: int | None) -> "ChunkDecoder":
+        """A decoder that goes on where another one was."""
+        decoder = cls()
+        if place is None:
+            decoder.lose_place()
+        else:
+            decoder._left = place
+        return decoder
+
     def feed(self, data: bytes) -> bytes:
         """The chunk data in `data`, of all its chunks; empty once the message is over or broken."""
         if self._lost:

@@ -69,6 +69,11 @@ class TapeClock:
         """A clock for this process, anchored now."""
         return cls(epoch_unix_ns, take_anchor(), f"{platform.node()}/{boot_id()}/{worker}")
 
+    @classmethod
+    def resume(cls, epoch_unix_ns: int, footer: dict[str, Any]) -> "TapeClock":
+        """The clock that wrote this footer, for a process of the same host that goes on with it."""
+        return cls(epoch_unix_ns, Anchor(**footer["anchors"][0]), footer["clock_id"])
+
     @property
     def offset_ns(self) -> int:
         """What is added to a monotonic stamp to get tape time."""

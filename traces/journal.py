@@ -2,7 +2,8 @@
 
 `journal/<incarnation>-<n>.journal` holds every row finished since the last seal and every request
 open now; after a seal the next file takes over. A record is length, CRC-32 and a msgpack array; a
-torn tail is dropped.
+torn tail is dropped. COUNTS ends what belongs together: the blocks that it names are in the records
+before it, with all their consequences, and no other block is.
 A row whose request id is in a segment of the same incarnation is sealed already.
 Only what has passed the privacy mode may be written here.
 """
@@ -20,9 +21,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-OPEN, COLUMNS, EVENTS, ROW, TELEMETRY, CLOCK, COUNTS = 0, 1, 2, 3, 4, 5, 6
+OPEN, COLUMNS, EVENTS, ROW, TELEMETRY, CLOCK, COUNTS, STATE = range(8)
 RACES = 10  # a reader that loses this often against a writer's rotation sees an empty journal
 _HEAD = struct.Struct("<II")
 _MAGIC = b"tokentape journal 1\n"
@@ -40,16 +42,28 @@ class Journal:
     """Appends records; `flush` hands them to the kernel, `rotate` starts the next file."""
 
     def __init__(
-        self, tape: Path, incarnation: str, clock: dict[str, Any], *, fsync: bool = False
+        self,
+        tape: Path,
+        incarnation: str,
+        clock: dict[str, Any],
+        *,
+        fsync: bool = False,
+        snapshot: Iterable[tuple[Any, ...]] = (),
+        replacing: Path | None = None,
     ) -> None:
+        """Begin with `snapshot` (add's arguments), whole or not at all; OSError when refused.
+
+        `replacing` is a dead writer's file, all of which is in the snapshot: it goes in the same
+        instant in which this one appears.
+        """
         self._folder = tape / "journal"
         self._fsync = fsync
         self._incarnation = incarnation
         self._clock = clock
         self._number = 0
         self._buffer = bytearray()
-        self._fd = self._create(self._path(0))
-        self._begin()
+        self._fd = -1
+        self._begin_file(0, snapshot, replacing)
 
     def add(self, kind: int, stream: int, *fields: Any) -> None:
         """Append one record to the buffer."""
@@ -80,26 +94,36 @@ class Journal:
         Call it only when everything finished is sealed. The next file appears complete or not at
         all, and only then is this one deleted; on OSError this one goes on.
         """
-        kept = self._buffer
-        self._begin()
-        final = self._path(self._number + 1)
-        temporary = final.with_suffix(".tmp")
         old_fd = self._fd
+        self._begin_file(self._number + 1, snapshot)
+        os.close(old_fd)
+        self._path(self._number).unlink(missing_ok=True)
+        self._number += 1
+
+    def _begin_file(
+        self, number: int, snapshot: Iterable[tuple[Any, ...]], replacing: Path | None = None
+    ) -> None:
+        """Write to a new file from now on; on OSError to the old one, with what was buffered."""
+        old_fd, kept = self._fd, self._buffer
+        final = self._path(number)
+        temporary = final.with_suffix(".tmp")
+        self._buffer = bytearray(_MAGIC)
         try:
+            self.add(CLOCK, 0, self._clock)
             for record in snapshot:
                 self.add(*record)
             self._fd = self._create(temporary)
             self.flush()
+            if replacing is not None:  # two steps, and after each there is one journal of it all
+                temporary.rename(replacing)
+                temporary = replacing
             temporary.rename(final)
         except OSError:
             if self._fd != old_fd:
                 os.close(self._fd)
             self._fd, self._buffer = old_fd, kept
-            temporary.unlink(missing_ok=True)
+            final.with_suffix(".tmp").unlink(missing_ok=True)
             raise
-        os.close(old_fd)
-        self._path(self._number).unlink(missing_ok=True)
-        self._number += 1
 
     def close(self) -> None:
         """Delete the file: everything in it is sealed or counted."""
@@ -113,10 +137,6 @@ class Journal:
     def finished_rows(self) -> int:
         """Finished rows that have reached the file."""
         return sum(kind == ROW for kind, *_ in read_records(self._path(self._number)))
-
-    def _begin(self) -> None:
-        self._buffer = bytearray(_MAGIC)
-        self.add(CLOCK, 0, self._clock)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._incarnation}-{number:05d}.journal"
@@ -197,14 +217,19 @@ def is_alive(file: Path) -> bool:
     return False
 
 
-def sealed_ids(tape: Path, incarnation: str) -> set[bytes]:
-    """Request ids in the segments of one incarnation: journal rows with these are not lost."""
+def sealed(tape: Path, incarnation: str) -> tuple[set[bytes], int]:
+    """(request ids, number of events) in the segments of one incarnation.
+
+    Rows of its journal with these ids are not lost.
+    """
     ids: set[bytes] = set()
+    events = 0
     for file in (tape / "requests").glob(f"**/{incarnation}-*.parquet"):
         with contextlib.suppress(pa.ArrowException, OSError):  # damaged: `check` names it
-            column = pq.read_table(file, columns=["request_id"])["request_id"].combine_chunks()
-            ids.update(column.storage.to_pylist())
-    return ids
+            found = pq.read_table(file, columns=["request_id", "off_us"])
+            ids.update(found["request_id"].combine_chunks().storage.to_pylist())
+            events += pc.sum(pc.list_value_length(found["off_us"])).as_py() or 0
+    return ids, events
 
 
 def count_unsealed(tape: Path) -> tuple[int, int]:
@@ -218,13 +243,13 @@ def count_unsealed(tape: Path) -> tuple[int, int]:
 def _count_unsealed(tape: Path) -> tuple[int, int]:
     finished = unfinished = 0
     for incarnation, file in leftovers(tape):
-        sealed = sealed_ids(tape, incarnation)
+        on_tape, _ = sealed(tape, incarnation)
         opened: set[int] = set()
         for kind, stream, *fields in read_records(file):
             if kind == OPEN:
                 opened.add(stream)
             elif kind == ROW:
                 opened.discard(stream)
-                finished += fields[0]["request_id"] not in sealed
+                finished += fields[0]["request_id"] not in on_tape
         unfinished += len(opened)
     return finished, unfinished

@@ -21,6 +21,7 @@ import msgspec
 from tokentape.traces import blocks
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import TapeError
+from tokentape.traces.journal_files import counter_path
 from tokentape.traces.writer_life import WriterLife
 
 FLUSH_EVERY_S = 0.1
@@ -28,6 +29,7 @@ FLUSH_EVERY_S = 0.1
 MEMORY_BYTES = 64 << 20
 STREAM_BYTES = 8 << 20  # of one stream meanwhile: a flood must not cost the others their detail
 FINISH_TIMEOUT_S = 120.0
+MAX_DEATHS = 5  # of writers in a row that did nothing, before no more is recorded
 MAX_VALUE_BYTES = 8192  # of a header or a path
 READ_HEADERS = frozenset(
     {
@@ -103,6 +105,8 @@ class Recorder:
         self._timer: asyncio.TimerHandle | None = None
         self._past = _Past()
         self._dead: WriterLife | None = None
+        self._ancestors: dict[str, int] = {}  # see `inherit.py`
+        self._deaths = 0  # of writers in a row that confirmed nothing
         self._life = WriterLife(tape, lock_fd, hello, on_trouble)
         self.incarnations = [self._life.incarnation]
         if not self._life.wait_ready():
@@ -355,20 +359,35 @@ class Recorder:
             self._on_trouble("the writer process died: traffic goes on; a new one is started")
             self._past.add(dead.ready)
             self._past.keep_served(dead.served)
+            self._deaths = 0 if dead.sender.confirmed else self._deaths + 1
+            self._take_back(dead)
             dead.bury()
-        self._waiting.clear()  # what it was sent last is lost as well, and counted by the next one
-        self._waiting_bytes = 0
-        self._past.deaths += 1
-        if self._past.deaths > MAX_DEATHS:
+        if self._deaths > MAX_DEATHS:
             self._given_up = True
+            self._waiting.clear()  # counted as lost, by the page of counters
+            self._waiting_bytes = 0
             self._on_trouble("the writer process died too often: no more is recorded")
             return
+        page = dead.counters
+        counted = (page[blocks.OPENED], page[blocks.READS])
         with contextlib.suppress(OSError):  # no process to be had now: the next flush tries again
             self._life = WriterLife(
-                self.tape, self._lock_fd, self._hello, self._on_trouble, heir_of=dead
+                self.tape, self._lock_fd, self._hello, self._on_trouble, self._ancestors, counted
             )
             self._counters = self._life.counters
             self.incarnations.append(self._life.incarnation)
+
+    def _take_back(self, dead: WriterLife) -> None:
+        """What the dead writer did not confirm waits again, unless it may be what kills writers."""
+        if dead.ready is not None:
+            self._ancestors.clear()
+        confirmed, unconfirmed = dead.sender.confirmed, dead.sender.unconfirmed()
+        if self._deaths > 1:
+            confirmed += len(unconfirmed)
+            unconfirmed = []
+        self._ancestors[dead.incarnation] = confirmed
+        self._waiting.extendleft(reversed(unconfirmed))
+        self._waiting_bytes += sum(map(len, unconfirmed))
 
     def flush_every(self, loop: asyncio.AbstractEventLoop) -> None:
         """Flush from now on each FLUSH_EVERY_S on this loop, until `finish`."""
@@ -378,8 +397,8 @@ class Recorder:
     def finish(self, facts: dict[str, Any] | None = None) -> Summary:
         """Hand everything over, wait until it is sealed, add `facts` to tape.json.
 
-        Requests still open become `cut`. When the writer died, its journal is sealed here and what
-        it had not journaled is counted as lost.
+        Requests still open become `cut`. When writers have died too often, the last one's journal
+        is sealed here, and what it had not journaled is counted as lost.
         """
         if self._timer is not None:
             self._timer.cancel()
@@ -404,8 +423,13 @@ class Recorder:
         """The last writer is dead: seal its journal, count the rest."""
         from tokentape.traces.recover import recover_incarnation
 
-        recovered = recover_incarnation(self.tape, self._life.incarnation)
-        self._past.add(asdict(recovered))
+        page = bytes(self._life.counters)[: 2 * 8]  # as of now, whoever has the journal
+        for name in [*self._ancestors, self._life.incarnation]:
+            counter = counter_path(self.tape, name)
+            if counter.exists():
+                with counter.open("r+b") as out:
+                    out.write(page)
+            self._past.add(asdict(recover_incarnation(self.tape, name)))
         with tape_facts.changing(self.tape) as tape:
             tape.update(facts)
             if self.losses:
@@ -417,14 +441,10 @@ class Recorder:
         return self._past.summary(seen, 0, 0, self.losses)
 
 
-MAX_DEATHS = 5  # of writers in a row of one recorder, before it gives up
-
-
 class _Past:
     """What dead writers left on the tape, by what was recovered of each."""
 
     def __init__(self) -> None:
-        self.deaths = 0
         self._rows = self._events = self._killed = self._lost_reads = 0
         self._served: dict[str, float] = {}
 

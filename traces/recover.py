@@ -8,14 +8,17 @@ and what it held is counted, by the page in which the hot process counts what it
 import os
 import time
 from array import array
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from tokentape.traces import facts as tape_facts
 from tokentape.traces import journal
 from tokentape.traces.assemble import stream_columns
 from tokentape.traces.journal_files import counter_path
+from tokentape.traces.open_request import State, Unfinished
 from tokentape.traces.schema import INSTANTS
 from tokentape.traces.writer import TRACE_CLOCK, TapeWriter
 
@@ -89,9 +92,10 @@ def seal_dead(tape: Path, timeout_s: float) -> None:
 
 
 def _recover_file(tape: Path, incarnation: str, file: Path) -> Recovered:
-    sealed = journal.sealed_ids(tape, incarnation)
+    sealed, _ = journal.sealed(tape, incarnation)
     left = replay_journal(file)
-    fresh = [r for r in left.finished if r["request_id"] not in sealed] + left.cut
+    cut = [cut_row(request) for request in left.open.values()]
+    fresh = [r for r in left.finished if r["request_id"] not in sealed] + cut
     worker = incarnation.partition("-")[0]
     writer = TapeWriter(tape, -1, left.clock, worker, heir_of=incarnation)
     for row in fresh:
@@ -108,19 +112,22 @@ def _recover_file(tape: Path, incarnation: str, file: Path) -> Recovered:
             lost = lost_reads = 0
             _take_back(facts, incarnation, on_tape)
         else:
-            _count_killed(facts, incarnation, on_tape, lost, lost_reads)
+            count_killed(facts, incarnation, on_tape, lost, lost_reads)
     file.unlink()
     counter_path(tape, incarnation).unlink(missing_ok=True)
-    return Recovered(len(fresh), len(left.cut), writer.events_written, on_tape, lost, lost_reads)
+    return Recovered(len(fresh), len(cut), writer.events_written, on_tape, lost, lost_reads)
 
 
-def _count_killed(
+def count_killed(
     facts: dict[str, Any], incarnation: str, on_tape: int, lost: int, lost_reads: int
 ) -> None:
     """Say of an incarnation that was killed what it had seen, and what of it is nowhere."""
-    facts["seen"] = facts.get("seen", {}) | {incarnation: on_tape + lost}
+    losses = dict(facts["losses"].get(incarnation, {}))  # what it had given up and said
     if lost:
-        facts["losses"][incarnation] = {"killed": lost}
+        losses["killed"] = losses.get("killed", 0) + lost
+    if losses:
+        facts["losses"][incarnation] = losses
+    facts["seen"] = facts.get("seen", {}) | {incarnation: on_tape + sum(losses.values())}
     if lost_reads:
         facts["lost_reads"] = facts.get("lost_reads", {}) | {incarnation: lost_reads}
 
@@ -146,56 +153,71 @@ def _counted(tape: Path, incarnation: str) -> tuple[int, int]:
 
 @dataclass
 class Leftover:
-    """What a journal file holds; requests that were open are `cut` rows."""
+    """What a journal file holds."""
 
     clock: dict[str, Any]
-    finished: list[dict[str, Any]]
-    cut: list[dict[str, Any]]
-    telemetry: list[Any]
-    seen: int = 0  # requests that had reached the writer by the last flush, sealed ones included
-    reads: int = 0  # as had pieces of replies
+    finished: list[dict[str, Any]] = field(default_factory=list)
+    open: dict[int, Unfinished] = field(default_factory=dict)  # by stream
+    telemetry: list[Any] = field(default_factory=list)
+    # How far it got, over all writers of one hot process: requests, pieces of replies.
+    seen: int = 0
+    reads: int = 0
+    blocks: int = 0  # of those that the hot process sent to the writer named `counted_by`
+    counted_by: str = ""
 
 
-def replay_journal(file: Path) -> Leftover:
-    """Fold a journal's records, up to a torn one, into rows."""
-    opened: dict[int, dict[str, Any]] = {}
-    events: dict[int, list[Any]] = {}
-    left = Leftover(dict(TRACE_CLOCK), [], [], [])
-    for kind, stream, fields in journal.read_records(file):
+def replay_journal(file: Path, *, whole_blocks: bool = False) -> Leftover:
+    """Fold a journal's records, up to a torn one.
+
+    `whole_blocks`: up to the last COUNTS, for a successor to whom the later blocks come again.
+    """
+    records = list(journal.read_records(file))
+    if whole_blocks:
+        while records and records[-1][0] not in (journal.COUNTS, journal.CLOCK):
+            records.pop()
+    left = Leftover(dict(TRACE_CLOCK))
+    for kind, stream, fields in records:
         if kind == journal.CLOCK:
             left.clock = fields
         elif kind == journal.OPEN:
-            opened[stream] = journal.unpack_row(fields)
-            events.pop(stream, None)
-        elif kind == journal.COLUMNS and stream in opened:
-            opened[stream].update(journal.unpack_row(fields))
-        elif kind == journal.EVENTS and stream in opened:
-            arrays = journal.unpack_events(fields)
-            for kept, new in zip(events.setdefault(stream, _no_events()), arrays, strict=True):
-                kept.extend(new)
+            left.open[stream] = Unfinished(journal.unpack_row(fields))
         elif kind == journal.ROW:
-            opened.pop(stream, None)
+            left.open.pop(stream, None)
             left.finished.append(journal.unpack_row(fields))
         elif kind == journal.TELEMETRY:
             left.telemetry += fields
         elif kind == journal.COUNTS:
-            left.seen, left.reads = stream, fields
-    left.cut = [_cut_row(row, events.get(stream)) for stream, row in opened.items()]
+            left.seen, left.reads, left.blocks, left.counted_by = fields
+        elif (request := left.open.get(stream)) is not None:
+            _learn(request, kind, fields)
     return left
 
 
-def _no_events() -> list[Any]:
-    return journal.unpack_events([b""] * len(journal.EVENT_LISTS))
+def _learn(request: Unfinished, kind: int, fields: Any) -> None:
+    if kind == journal.COLUMNS:
+        request.row.update(journal.unpack_row(fields))
+    elif kind == journal.STATE:
+        request.state = msgspec.convert(fields, State)
+    elif kind == journal.EVENTS:
+        arrays = journal.unpack_events(fields)
+        if request.events is None:
+            request.events = arrays
+            return
+        for kept, new in zip(request.events, arrays, strict=True):
+            kept.extend(new)
 
 
-def _cut_row(row: dict[str, Any], arrays: list[Any] | None) -> dict[str, Any]:
-    """A request that was open when its process died: everything that is known of it."""
+def cut_row(request: Unfinished) -> dict[str, Any]:
+    """The row of a request that was open when its process died: everything that is known of it."""
+    row, state = request.row, request.state
     row["outcome"] = "cut"
+    if state is not None and row.get("http_status") is not None:
+        row["response_bytes"] = state.reply_bytes
     known = [row[n] for n in INSTANTS if row.get(n) is not None]
-    if arrays is None:
+    if request.events is None:
         row["end_ns"] = max(known)
         return row
-    t_ns, ntok, cls, choice, aux_t_ns, aux_cls = arrays
+    t_ns, ntok, cls, choice, aux_t_ns, aux_cls = request.events
     stream_columns(row, t_ns, ntok, cls, choice if any(choice) else None, aux_t_ns, aux_cls)
     if t_ns:
         row["first_content_ns"], row["last_content_ns"] = t_ns[0], t_ns[-1]

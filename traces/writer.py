@@ -118,6 +118,11 @@ class TapeWriter:
         self._telemetry.append(sample)
         self.pending_bytes += 120
 
+    @property
+    def pending(self) -> tuple[list[dict[str, Any]], list[tuple[int, int, str, str, str, float]]]:
+        """(rows, telemetry samples) that wait for the next segment."""
+        return self._rows, self._telemetry
+
     def append_table(self, table: pa.Table) -> None:
         """Seal a table of the requests schema as a segment of its own."""
         self._write_requests(table.select(REQUESTS.names).cast(REQUESTS))

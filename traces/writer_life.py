@@ -1,7 +1,7 @@
 """One life of a writer process, seen from the hot process: its start, its channel, its end.
 
-The hot process outlives its writers: when one dies, the next life begins under a new name, seals
-what the dead one left in its journal, and counts what had not got there.
+The hot process outlives its writers: when one dies, the next life begins under a new name, takes
+over what the dead one left in its journal, and is sent again what had not got there.
 """
 
 import json
@@ -31,9 +31,14 @@ class WriterLife:
         lock_fd: int,
         hello: dict[str, Any],
         on_trouble: Callable[[str], None],
-        heir_of: "WriterLife | None" = None,
+        ancestors: dict[str, int] | None = None,
+        counted: tuple[int, int] = (0, 0),
     ) -> None:
-        """Start the process; OSError when it cannot be started. `ready` may come later."""
+        """Start the process; OSError when it cannot be started. `ready` may come later.
+
+        Args: ancestors: dead writers whose work it may go on with (see `inherit.py`). counted:
+        requests and pieces of replies that all writers before it were sent.
+        """
         self._on_trouble = on_trouble
         self.incarnation = incarnation(str(hello["worker"]))
         self.began_s = time.monotonic()
@@ -41,6 +46,7 @@ class WriterLife:
         self.summary: dict[str, Any] | None = None
         self.served: dict[str, float] = {}  # counts of finished requests, see `served.py`
         self.counters = _counter_page(counter_path(tape, self.incarnation))
+        self.counters[blocks.OPENED], self.counters[blocks.READS] = counted
         self.channel, writer_socket, memory_fd = blocks.channel_pair()
         command = [sys.executable, "-m", "tokentape.traces.writer_process"]
         command += [str(writer_socket.fileno()), str(memory_fd), str(lock_fd)]
@@ -57,7 +63,7 @@ class WriterLife:
         about = {
             "tape": str(tape),
             "incarnation": self.incarnation,
-            "heir_of": heir_of.incarnation if heir_of else "",
+            "ancestors": ancestors or {},
         }
         self.channel.note(json.dumps(about | hello).encode())
         self.sender = blocks.BlockSender(self.channel)

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from array import array
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,17 @@ from tokentape.traces.assemble import Assembler
 from tokentape.traces.blocks import NO_SLOT, BlockReceiver, Channel, open_channel
 from tokentape.traces.clock import TapeClock, take_anchor
 from tokentape.traces.facts import read_facts
+from tokentape.traces.inherit import Inheritance, inherit
 from tokentape.traces.journal import Journal
 from tokentape.traces.journal_files import counter_path, reserve_path
 from tokentape.traces.privacy import Privacy
-from tokentape.traces.recover import NOTHING, recover_incarnation
+from tokentape.traces.recover import NOTHING, cut_row
 from tokentape.traces.served import Served
 from tokentape.traces.writer import SEAL_BYTES, TapeWriter
 
 NICENESS = 10
-JOURNAL_EVERY_S = 0.5  # a kill -9 of this process loses at most this plus the block on its way
+JOURNAL_EVERY_S = 0.5  # a kill -9 of all processes loses at most this plus the block on its way
+HELD_BLOCKS = 8  # or so many: the slots of blocks are free only when the journal has them
 SEAL_EVERY_S = 60.0
 RESERVE_BYTES = 32 << 10  # held back for tape.json when the disk is full
 RETRY_EVERY_S = 5.0  # after a write failed
@@ -41,10 +44,13 @@ MEMORY_BYTES = 256 << 20  # rows that cannot be sealed
 class TapeSink:
     """Takes what the assembler finds to the journal and to the segments; survives a full disk."""
 
-    def __init__(self, writer: TapeWriter, channel: Channel, *, fsync: bool) -> None:
+    def __init__(
+        self, writer: TapeWriter, channel: Channel, *, fsync: bool, estate: Inheritance | None
+    ) -> None:
         self.writer = writer
         self._fsync = fsync
-        self._counts = (0, 0)
+        self._estate = estate  # until our journal has it all
+        self._blocks = estate.skip if estate else 0
         self._served = Served()
         self._told = True  # the hot process knows what was served
         self.journal: Journal | None = None
@@ -78,12 +84,16 @@ class TapeSink:
         for sample in samples:
             self.writer.append_telemetry(sample)
 
-    def checkpoint(self) -> None:
-        """Journal what is new, and seal when it is time."""
+    def checkpoint(self, blocks: int) -> None:
+        """Journal what is new, and seal when it is time. `blocks` were received so far."""
         assert self._assembler is not None
-        for stream, raw in self._assembler.new_events():
-            self._journal(journals.EVENTS, stream, raw)
-        self._journal_counts()
+        for stream, raw, state in self._assembler.news():
+            if raw is not None:
+                self._journal(journals.EVENTS, stream, raw)
+            self._journal(journals.STATE, stream, state)
+        if blocks > self._blocks:
+            self._blocks = blocks
+            self._journal(*self._counts())
         if not self._told:
             self._told = True
             tell(self._channel, served=self._served.samples())
@@ -100,13 +110,16 @@ class TapeSink:
         if self.writer.pending_bytes > MEMORY_BYTES:
             self.writer.drop_pending("disk_full")
 
-    def _journal_counts(self) -> None:
-        """How much of what the hot process counts is in the journal with this flush."""
+    def _counts(self) -> tuple[int, int, list[Any]]:
+        """The record that says how far everything before it goes."""
         assert self._assembler is not None
-        counts = (self._assembler.seen, self._assembler.reads)
-        if counts != self._counts:
-            self._counts = counts
-            self._journal(journals.COUNTS, *counts)
+        counts = [
+            self._assembler.seen,
+            self._assembler.reads,
+            self._blocks,
+            self.writer.incarnation,
+        ]
+        return journals.COUNTS, 0, counts
 
     def finish(self, facts: dict[str, Any]) -> int:
         """Seal the rest for good; the rows that only the journal holds, where the disk is full."""
@@ -116,6 +129,8 @@ class TapeSink:
             self._guard(lambda: self.writer.update_facts(**facts))
             if self.journal is not None:
                 self.journal.close()
+            elif self._estate is not None:
+                self._estate.clear()
             counter_path(self.writer.tape, self.writer.incarnation).unlink(missing_ok=True)
             return 0
         unsealed = self._keep_journal()
@@ -149,20 +164,40 @@ class TapeSink:
         assert self._assembler is not None
         self._add_anchor()
         if self.writer.seal() and self.journal is not None:
-            self.journal.rotate(self._still_open())
+            self.journal.rotate(self._unsealed())
             if self.writer.losses:
                 self.writer.update_facts()
 
-    def _still_open(self) -> Any:
-        """What a new journal begins with."""
+    def _unsealed(self) -> Iterator[tuple[int, int, Any]]:
+        """What a new journal begins with: all that no segment has."""
         assert self._assembler is not None
-        yield journals.COUNTS, self._assembler.seen, self._assembler.reads
-        for stream, row, events in self._assembler.snapshot():
-            yield from _open_records(stream, row, events)
+        rows, telemetry = self.writer.pending
+        for row in rows:
+            yield journals.ROW, 0, journals.pack_row(row)
+        if telemetry:
+            yield journals.TELEMETRY, 0, telemetry
+        for stream, row, events, state in self._assembler.snapshot():
+            yield journals.OPEN, stream, journals.pack_row(row)
+            if events is not None:
+                yield journals.EVENTS, stream, events
+            yield journals.STATE, stream, state
+        yield self._counts()
 
     def _open_journal(self) -> None:
-        writer = self.writer
-        self.journal = Journal(writer.tape, writer.incarnation, writer.clock, fsync=self._fsync)
+        writer, estate = self.writer, self._estate
+        if estate is not None:
+            estate.account()
+        self.journal = Journal(
+            writer.tape,
+            writer.incarnation,
+            writer.clock,
+            fsync=self._fsync,
+            snapshot=self._unsealed(),
+            replacing=estate.file if estate else None,
+        )
+        if estate is not None:
+            self._estate = None
+            estate.clear()
 
     def _guard(self, action: Any) -> bool:
         """Run a disk action; False when the disk refused, said once until it works again."""
@@ -185,20 +220,19 @@ def _reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
-def _open_records(stream: int, row: dict[str, Any], events: list[bytes] | None) -> Any:
-    yield journals.OPEN, stream, journals.pack_row(row)
-    if events is not None:
-        yield journals.EVENTS, stream, events
-
-
 def tell(channel: Channel, **message: Any) -> None:
     """Send a note to the hot process, if it still lives."""
     with contextlib.suppress(OSError):
         channel.note(json.dumps(message).encode())
 
 
-def pump(receiver: BlockReceiver, assembler: Assembler, sink: TapeSink) -> dict[str, Any]:
-    """Read until the hot process says finish (its note) or is gone (empty)."""
+def pump(
+    receiver: BlockReceiver, assembler: Assembler, sink: TapeSink, skip: int
+) -> dict[str, Any]:
+    """Read until the hot process says finish (its note) or is gone (empty).
+
+    The first `skip` blocks are known already.
+    """
     due = time.monotonic() + JOURNAL_EVERY_S
     while True:
         try:
@@ -206,13 +240,14 @@ def pump(receiver: BlockReceiver, assembler: Assembler, sink: TapeSink) -> dict[
         except EOFError:
             return {}
         if block is not None:
-            assembler.take(block)
+            if receiver.received > skip:
+                assembler.take(block)
             block.release()
-            receiver.release()
         elif note is not None:
             return dict(json.loads(note))
-        if time.monotonic() >= due:
-            sink.checkpoint()
+        if time.monotonic() >= due or receiver.held >= HELD_BLOCKS:
+            sink.checkpoint(receiver.received)
+            receiver.confirm()
             due = time.monotonic() + JOURNAL_EVERY_S
 
 
@@ -222,6 +257,33 @@ def take_unsent(receiver: BlockReceiver, assembler: Assembler, counter: Path) ->
         at, size = array("Q", counter.read_bytes()[16:32])
         if size and at < NO_SLOT:
             assembler.take(receiver.slot(at, size))
+
+
+def take_over(estate: Inheritance, writer: TapeWriter, assembler: Assembler) -> int:
+    """Go on with what a dead writer had; how many of the requests it has seen are not ours."""
+    left = estate.left
+    for row in estate.finished:
+        writer.append(row)
+    for sample in left.telemetry:
+        writer.append_telemetry(tuple(sample))
+    for stream, request in left.open.items():
+        try:
+            assembler.adopt(stream, request)
+        except Exception:  # noqa: BLE001 - one odd request must not end every successor
+            writer.append(cut_row(request))
+    assembler.seen, assembler.reads = left.seen, left.reads
+    return left.seen - len(estate.finished) - len(left.open)
+
+
+def count_gap(writer: TapeWriter, assembler: Assembler, counter: Path) -> None:
+    """What dead writers had taken and could not journal is in no row, and lost."""
+    with contextlib.suppress(OSError, ValueError):
+        opened, reads = array("Q", counter.read_bytes()[:16])
+        lost = max(opened - assembler.seen, 0)
+        if lost:
+            writer.losses["killed"] = writer.losses.get("killed", 0) + lost
+            writer.seen += lost
+        writer.lost_reads += max(reads - assembler.reads, 0)
 
 
 def main() -> None:
@@ -234,24 +296,28 @@ def main() -> None:
     receiver = BlockReceiver(channel)
     hello = json.loads(receiver.receive(30.0)[1] or b"{}")
     tape = Path(hello["tape"])
-    clock = TapeClock.start(read_facts(tape)["wall_epoch_unix_ns"], hello["worker"])
+    estate = inherit(tape, hello["ancestors"])
+    epoch_unix_ns = read_facts(tape)["wall_epoch_unix_ns"]
+    clock = estate.clock if estate else TapeClock.start(epoch_unix_ns, hello["worker"])
     name = hello["incarnation"]
-    recovered = recover_incarnation(tape, hello["heir_of"]) if hello["heir_of"] else NOTHING
     writer = TapeWriter(tape, lock_fd, clock.footer(), hello["worker"], name=name)
-    sink = TapeSink(writer, channel, fsync=hello["fsync"])
+    sink = TapeSink(writer, channel, fsync=hello["fsync"], estate=estate)
     assembler = Assembler(clock, Privacy(hello["content"], bytes.fromhex(hello["key"])), sink)
+    before = take_over(estate, writer, assembler) if estate else 0
     sink.attach(assembler)
     gc.collect()
     gc.freeze()
-    tell(channel, ready=asdict(recovered))
-    end = pump(receiver, assembler, sink)
+    tell(channel, ready=asdict(estate.recovered if estate else NOTHING))
+    end = pump(receiver, assembler, sink, estate.skip if estate else 0)
     if not end:
         take_unsent(receiver, assembler, counter_path(tape, name))
     assembler.cut(time.monotonic_ns())
     hot_losses = end.get("losses", {})
     writer.losses |= hot_losses
-    writer.seen = assembler.seen + sum(hot_losses.get(n, 0) for n in NEVER_OPENED)
+    writer.seen = assembler.seen - before + sum(hot_losses.get(n, 0) for n in NEVER_OPENED)
     writer.lost_reads = assembler.lost_reads
+    if hello["ancestors"]:
+        count_gap(writer, assembler, counter_path(tape, name))
     unsealed = sink.finish(end.get("finish", {}))
     summary = {
         "seen": writer.seen,

@@ -7,7 +7,8 @@ read early is never wrong about times, only about such messages and about provis
 
 from array import array
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Any
 
 from tokentape.traces import schema
 from tokentape.traces.wire import tokens
@@ -50,6 +51,30 @@ class Events:
         self._last_count: dict[int, int] = {}
         self._with_ids = 0
         self._candidates: list[Candidate] = []
+
+    @property
+    def told(self) -> tuple[int, int]:
+        """How many events came with their token ids, and how many with the usage so far."""
+        return self._with_ids, len(self._counts)
+
+    def resume(self, arrays: list[Any], told: tuple[int, int]) -> None:
+        """Go on behind the events of another process: the six arrays in the journal's order.
+
+        Reads are told apart by their times, as they always are. Text sizes are not handed on, so
+        tokens that are spread by usage are spread evenly over these events.
+        """
+        own = (self.t_ns, self.ntok, self.cls, self.choice, self.aux_t_ns, self.aux_cls)
+        for kept, found in zip(own, arrays, strict=True):
+            kept.extend(list(found))  # whatever its item size
+        n = len(self.t_ns)
+        self._reads.extend(accumulate(a != b for a, b in pairwise((None, *self.t_ns))))
+        self.read = self._reads[-1] if n else 0
+        self._bytes.extend([1] * n)
+        self._with_ids = told[0]
+        if told[1] == n:  # then each ntok is a difference, as `event` made it
+            for ntok, choice in zip(self.ntok, self.choice, strict=True):
+                self._last_count[choice] = self._last_count.get(choice, 0) + ntok
+                self._counts.append(self._last_count[choice])
 
     def event(self, cls: int, text_bytes: int, choice: int, ids: int = -1, count: int = -1) -> None:
         """An event: ids is the length of its token ids, count the usage so far; -1 is not told."""

@@ -113,6 +113,12 @@ class Stream(StreamParser):
     def _conclude(self) -> None:
         _usage(self.facts, _value(self._usage), _value(self._metrics))
 
+    def _more(self) -> list[Any]:
+        return sorted(self._roles)
+
+    def _resume(self, more: list[Any]) -> None:
+        self._roles = set(more)
+
     def _usage_so_far(self, usage: msgspec.Raw, with_choices: bool) -> int:
         """Keeps the usage, since the last one counts; its output tokens, -1 where not told."""
         try:

@@ -10,6 +10,8 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+import msgspec
+
 from tokentape.traces import schema
 from tokentape.traces.wire import untrusted
 from tokentape.traces.wire.events import Events
@@ -25,6 +27,28 @@ class Framing(Protocol):
     def feed(self, data: bytes) -> list[Message]: ...
 
     def flush(self) -> list[Message]: ...
+
+    @property
+    def pending(self) -> bool:
+        """Whether a part of a message is held."""
+
+
+class Progress(msgspec.Struct, array_like=True, gc=False):
+    """What a stream's parser must be told to go on in another process: numbers and words, no text.
+
+    `told` as of `Events`. `held`: a part of a message is held, and lost with this process. `more`
+    is the dialect's own.
+    """
+
+    understood: int
+    nonsense: int
+    given_up: int
+    end_mark: bool
+    held: bool
+    told: tuple[int, int]
+    finish: dict[int, str | None]
+    prompt_ids: int | None
+    more: list[Any]
 
 
 @dataclass
@@ -149,6 +173,38 @@ class StreamParser(ReplyParser):
 
     def _conclude(self) -> None:
         """Called once behind the last message, for facts that are settled only then."""
+
+    def _more(self) -> list[Any]:
+        """What `_resume` needs of a dialect that keeps more than events and facts."""
+        return []
+
+    def _resume(self, more: list[Any]) -> None:
+        """Take back what `_more` of another process gave."""
+
+    @property
+    def progress(self) -> Progress:
+        """How far the reply was read, for `resume` in the process that comes after this one."""
+        facts = self.facts
+        return Progress(
+            self._understood,
+            self._nonsense,
+            self._given_up,
+            self._end_mark,
+            self._framing.pending,
+            self.events.told,
+            dict(facts.finish),
+            facts.prompt_ids,
+            self._more(),
+        )
+
+    def resume(self, progress: Progress, arrays: list[Any], body_bytes: int) -> None:
+        """Go on where a parser of the same kind was; `arrays` are its events (`Events.resume`)."""
+        self._understood, self._nonsense = progress.understood, progress.nonsense
+        self._given_up, self._end_mark = progress.given_up, progress.end_mark
+        self.facts.finish, self.facts.prompt_ids = dict(progress.finish), progress.prompt_ids
+        self.body_bytes = body_bytes
+        self.events.resume(arrays, progress.told)
+        self._resume(progress.more)
 
     def feed(self, data: bytes, t_ns: int, read: int) -> None:
         self.body_bytes += len(data)

@@ -49,6 +49,11 @@ class SseReader:
         )
         return out
 
+    @property
+    def pending(self) -> bool:
+        """Whether a part of a message is held."""
+        return bool(self._tail or self._name or self._given_up or self._data is not None)
+
     def _feed(self, data: bytes) -> list[Message]:
         if self._at_start or self._after_cr:
             data = self._skip_marks(data)
