@@ -1,8 +1,10 @@
 """What holds for every format: the way in, the ids, and that no half tape is left behind."""
 
 import hashlib
+import inspect
 import itertools
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -13,27 +15,83 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokentape.cli import record
 from tokentape.traces.errors import TapeError, UsageError
 from tokentape.traces.importers import FORMATS, import_trace
 from tokentape.traces.importers.rows import request_ids
 from tokentape.traces.reader import open_tape
 
+BAILIAN_ROW = (
+    '{"chat_id": 0, "parent_chat_id": -1, "timestamp": 0.5, "input_length": 9, '
+    '"output_length": 2, "type": "text", "turn": 1, "hash_ids": [7]}\n'
+)
+BURSTGPT_ROWS = (
+    "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    "5,ChatGPT,472,18,490,Conversation log\n"
+)
+RAGPULSE_ROW = (
+    '{"timestamp": "82", "input_length": 70, "output_length": 2, "hash_ids": {"sys_prompt": [1], '
+    '"passages_ids": [], "history": [], "web_search": [], "user_input": [2]}, "session_id": "s"}\n'
+)
+SERVEGEN_ROW = "0,0.02,1.0,Gamma,1.0,50.0\n"
+WEKA_FILE = (
+    '{"id": "t", "models": [], "block_size": 64, "hash_id_scope": "local", "requests": [{"t": 0.0, '
+    '"type": "n", "model": "m", "in": 70, "out": 2, "hash_ids": [1]}]}\n'
+)
 AZURE_ROWS = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n"
 MOONCAKE_ROW = '{"timestamp": 0, "input_length": 9, "output_length": 2, "hash_ids": [7]}\n'
-MADE = {"azure": AZURE_ROWS, "mooncake": MOONCAKE_ROW}
+MADE = {
+    "azure": AZURE_ROWS,
+    "bailian": BAILIAN_ROW,
+    "burstgpt": BURSTGPT_ROWS,
+    "mooncake": MOONCAKE_ROW,
+    "ragpulse": RAGPULSE_ROW,
+    "servegen": SERVEGEN_ROW,
+    "weka": WEKA_FILE,
+}
+LICENCES = {
+    "azure": "CC-BY",
+    "bailian": "Apache",
+    "burstgpt": "CC-BY",
+    "mooncake": "Apache",
+    "ragpulse": "MIT",
+    "servegen": "Apache",
+    "weka": "Apache",
+}
+DATASET = '{"0": {"input_tokens": "{3: 0.5, 4: 0.5}", "output_tokens": "{1: 1.0}"}}'
 
 
 def made(folder: Path, format_name: str) -> Path:
-    path = folder / f"{format_name}.trace"
+    """A small file of a format, in the name that its companions go by."""
+    path = folder / f"{format_name}-trace.csv"
     path.write_text(MADE[format_name])
+    if format_name == "servegen":
+        (folder / f"{format_name}-dataset.json").write_text(DATASET)
     return path
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match="nonsense: unknown trace format; known are azure, mooncake"
+        UsageError, match="nonsense: unknown trace format; known are azure, bailian"
     ):
-        import_trace("nonsense", [made(tmp_path, "azure")], tmp_path / "t.tape")
+        import_trace("nonsense", [tmp_path / "absent"], tmp_path / "t.tape")
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_file_tells_which_format_it_looks_like(tmp_path: Path, format_name: str) -> None:
+    path = made(tmp_path, format_name)
+    with pytest.raises(UsageError, match=f"{path.name} looks like {format_name};"):
+        import_trace("nonsense", [path], tmp_path / "t.tape")
+    other = "azure" if format_name != "azure" else "mooncake"
+    with pytest.raises(TapeError, match=f"the file looks like {format_name}$"):
+        import_trace(other, [path], tmp_path / "t.tape")
+
+
+def test_a_file_like_none_is_given_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(b"\x00\xff nothing of the kind\n")
+    with pytest.raises(UsageError, match="nonsense: unknown trace format; known"):
+        import_trace("nonsense", [path], tmp_path / "t.tape")
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -44,12 +102,13 @@ def test_facts_name_the_file_its_digest_and_its_licence(tmp_path: Path, format_n
     facts = open_tape(summary.tape).facts
     assert facts["role"] == "import"
     assert facts["command"] == command
-    assert facts["source"]["licence"].startswith({"azure": "CC-BY", "mooncake": "Apa"}[format_name])
+    assert facts["source"]["licence"].startswith(LICENCES[format_name])
     (file,) = facts["source"]["files"]
     assert file["name"] == path.name
     assert file["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert file["bytes"] == path.stat().st_size
-    assert file["read"] == file["written"] == facts["source"]["read"] == 1
+    assert file["read"] == file["written"] == facts["source"]["read"] == summary.written
+    assert summary.written == (1 if format_name != "servegen" else 13)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -67,9 +126,9 @@ def test_the_same_file_gives_the_same_rows(tmp_path: Path, format_name: str) -> 
 def test_a_file_with_no_request_makes_no_tape(
     tmp_path: Path, format_name: str, content: str
 ) -> None:
-    path = tmp_path / "none.trace"
+    path = tmp_path / "none-trace.csv"
     path.write_text(content)
-    with pytest.raises(TapeError, match=r"none\.trace"):
+    with pytest.raises(TapeError, match=r"none-trace\.csv"):
         import_trace(format_name, [path], tmp_path / "t.tape")
     assert not (tmp_path / "t.tape").exists()
 
@@ -85,11 +144,11 @@ def test_a_bad_last_line_makes_no_tape_and_spares_the_old_one(
     tmp_path: Path, format_name: str
 ) -> None:
     good = import_trace(format_name, [made(tmp_path, format_name)], tmp_path / "t.tape")
-    bad = tmp_path / "bad.trace"
+    bad = tmp_path / "bad-trace.csv"
     bad.write_text(MADE[format_name] * 3 + "cut")
-    with pytest.raises(TapeError, match="line"):
+    with pytest.raises(TapeError, match=r"bad-trace\.csv(, line|: not JSON)"):
         import_trace(format_name, [bad], good.tape, force=True)
-    assert open_tape(good.tape).rows == 1
+    assert open_tape(good.tape).rows == good.written
 
 
 def test_an_old_tape_goes_only_with_force(tmp_path: Path) -> None:
@@ -156,3 +215,8 @@ def test_two_files_never_give_one_id(tmp_path: Path) -> None:
         tape = import_trace("mooncake", [path], tmp_path / "t.tape", force=True).tape
         ids |= set(open_tape(tape).read(["request_id"])["request_id"].to_pylist())
     assert len(ids) == 20
+
+
+def test_the_help_of_import_names_every_format() -> None:
+    help_text = inspect.get_annotations(record.import_)["trace_format"].__metadata__[0].help
+    assert re.findall(r"[a-z0-9-]{3,}", help_text) == sorted(FORMATS)

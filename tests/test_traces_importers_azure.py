@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokentape.traces.errors import TapeError
-from tokentape.traces.importers import azure, import_trace
+from tokentape.traces.importers import azure, csv_text, import_trace
 from tokentape.traces.reader import open_tape
 
 CODE = Path(__file__).parents[2] / "shared/data/azure/AzureLLMInferenceTrace_code.csv"
@@ -127,7 +127,7 @@ def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
 def test_batches_number_their_rows_through_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(azure, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(csv_text, "BLOCK_BYTES", 256)
     path = trace(tmp_path, *ROWS_2023 * 40)
     batches = list(azure.read_batches(path))
     assert len(batches) > 5
@@ -189,7 +189,7 @@ def test_a_bad_line_is_named_with_what_is_wrong(tmp_path: Path, row: str, says: 
 def test_a_bad_line_far_into_the_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(azure, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(csv_text, "BLOCK_BYTES", 256)
     good = ROWS_2023 * 40
     assert "line 122: 1 fields" in refusal(trace(tmp_path, *good, "cut"))
     assert "line 122: ContextTokens is 'x'" in refusal(

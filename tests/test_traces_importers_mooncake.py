@@ -79,7 +79,7 @@ def test_what_a_survey_finds_does_not_depend_on_the_batches(
     path = trace(tmp_path_factory.mktemp("mooncake"), *(record(t, n_in=1) for t in times_ms))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mooncake, "BATCH_ROWS", batch_rows)
-        found = survey(path, mooncake.read_batches)
+        found = survey(path, mooncake.FORMAT, mooncake.read_batches)
     distinct = sorted(set(times_ms))
     gaps = [b - a for a, b in itertools.pairwise(distinct)]
     assert found.rows == len(times_ms)
@@ -92,7 +92,9 @@ def test_distinct_arrivals_of_a_disordered_file_are_not_guessed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mooncake, "BATCH_ROWS", 2)
-    found = survey(trace(tmp_path, *map(record, (5, 9, 5, 0))), mooncake.read_batches)
+    found = survey(
+        trace(tmp_path, *map(record, (5, 9, 5, 0))), mooncake.FORMAT, mooncake.read_batches
+    )
     assert found.distinct is None
     assert (found.first_ns, found.last_ns) == (0, 9_000_000)
 

@@ -7,17 +7,39 @@ without counting it, or invent what the trace does not say. Start reading at row
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from tokentape.traces.errors import TapeError, UsageError
-from tokentape.traces.importers import azure, mooncake
-from tokentape.traces.importers.rows import Format, Survey, add_counts, rows_table, survey
+from tokentape.traces.importers import (
+    azure,
+    bailian,
+    burstgpt,
+    mooncake,
+    ragpulse,
+    servegen,
+    weka,
+)
+from tokentape.traces.importers.rows import Batch, Format, Survey, add_counts, rows_table, survey
+from tokentape.traces.importers.sniffing import looks_like
 from tokentape.traces.writer import TapeWriter
 
-FORMATS: dict[str, Format] = {"azure": azure.FORMAT, "mooncake": mooncake.FORMAT}
+FORMATS: dict[str, Format] = {
+    "azure": azure.FORMAT,
+    "bailian": bailian.FORMAT,
+    "burstgpt": burstgpt.FORMAT,
+    "mooncake": mooncake.FORMAT,
+    "ragpulse": ragpulse.FORMAT,
+    "servegen": servegen.FORMAT,
+    "weka": weka.FORMAT,
+}
+SEGMENT_ROWS = 100_000  # read back at once, and sorted by arrival within
+SEGMENT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -35,24 +57,25 @@ def import_trace(
     files: Sequence[Path],
     tape: Path,
     *,
+    seed: int | None = None,
     force: bool = False,
     command: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> ImportSummary:
-    """Makes a tape of trace files; `progress` is told the number of rows written so far.
+    """Makes a tape of trace files, or of those in folders; `progress` is told the rows written.
 
     The tape's epoch is the first arrival in the trace: its date, or the trace's own zero.
-    Raises UsageError for an unknown format, TapeError for a file that cannot be read whole (it
-    names the line) or a tape that exists; there is no new tape then.
+    Raises UsageError for an unknown format or a seed where nothing is drawn, TapeError for a file
+    that cannot be read whole (it names the line) or a tape that exists; there is no new tape then.
     """
     known = FORMATS.get(format)
     if known is None:
-        raise UsageError(f"{format}: unknown trace format; known are {', '.join(sorted(FORMATS))}")
-    if not files or (known.one_file and len(files) > 1):
-        few = "one file" if known.one_file else "at least one file"
-        raise UsageError(f"{format}: give {few}, not {len(files)}; each makes a tape of its own")
-    surveys = [survey(path, known.read) for path in files]
-    facts = _facts(format, known, surveys)
+        raise UsageError(f"{_unknown(format, files)}known are {', '.join(sorted(FORMATS))}")
+    if seed is not None and not known.seeded:
+        raise UsageError(f"--seed {seed}: {format} is a record, nothing is drawn from it")
+    read = partial(known.read, seed=seed or 0) if known.seeded else known.read
+    surveys = _surveys(format, known, read, _files(known, files))
+    facts = _facts(format, known, surveys) | ({"seed": seed or 0} if known.seeded else {})
     epoch_ns = min(s.first_ns for s in surveys if s.first_ns is not None)
     writer = TapeWriter.create(
         tape,
@@ -64,7 +87,7 @@ def import_trace(
         force=force,
     )
     try:
-        written = _write(writer, known, surveys, epoch_ns, progress)
+        written = _write(writer, read, surveys, epoch_ns, progress)
     except BaseException as error:
         with contextlib.suppress(OSError):
             writer.close()
@@ -79,22 +102,76 @@ def import_trace(
     return ImportSummary(source["read"], written, source["dropped"], tape)
 
 
+def _unknown(name: str, files: Sequence[Path]) -> str:
+    likely = next((found for path in files if (found := looks_like(path, FORMATS))), None)
+    hint = f"{files[0]} looks like {likely}; " if likely else ""
+    return f"{name}: unknown trace format; {hint}"
+
+
+def _files(known: Format, given: Sequence[Path]) -> list[Path]:
+    """The trace files among those given: folders are searched, companions are read beside."""
+    found: list[Path] = []
+    for path in given:
+        inside = sorted(path.glob(known.pattern)) if path.is_dir() else [path]
+        if not inside:
+            raise TapeError(f"{path}: no {known.pattern} in this folder")
+        found += inside
+    beside = {other for path in found for other in known.companions(path)}
+    found = [path for path in found if path not in beside]
+    if not found or (known.one_file and len(found) > 1):
+        few = "one file" if known.one_file else "at least one file"
+        raise UsageError(f"give {few}, not {len(found)}; each makes a tape of its own")
+    if len(set(found)) < len(found):
+        raise UsageError("a file is given twice")
+    return found
+
+
+def _surveys(
+    name: str, known: Format, read: Callable[[Path], Iterator[Batch]], files: list[Path]
+) -> list[Survey]:
+    found: list[Survey] = []
+    for path in files:
+        try:
+            found.append(survey(path, known, read))
+        except TapeError as error:
+            likely = looks_like(path, FORMATS)
+            if likely in {None, name}:
+                raise
+            raise TapeError(f"{error}; the file looks like {likely}") from error
+    if not any(one.rows for one in found):
+        read_rows = sum(one.read for one in found)
+        raise TapeError(f"{files[0]}: no request in it ({read_rows} rows read)")
+    return found
+
+
 def _write(
     writer: TapeWriter,
-    known: Format,
+    read: Callable[[Path], Iterator[Batch]],
     surveys: list[Survey],
     epoch_ns: int,
     progress: Callable[[int], None] | None,
 ) -> int:
     written = 0
+    waiting: list[pa.Table] = []
+
+    def seal() -> None:
+        if waiting:
+            writer.append_table(pa.concat_tables(waiting).sort_by("arrival_ns"))
+            waiting.clear()
+
     for found in surveys:
-        for batch in known.read(found.path):
+        for batch in read(found.path):
             table = rows_table(batch, found.sha256, epoch_ns)
             if table.num_rows:
-                writer.append_table(table)
+                waiting.append(table)
             written += table.num_rows
+            if sum(t.num_rows for t in waiting) >= SEGMENT_ROWS or (
+                sum(t.nbytes for t in waiting) >= SEGMENT_BYTES
+            ):
+                seal()
             if progress:
                 progress(written)
+    seal()
     expected = sum(found.rows for found in surveys)
     if written != expected:
         raise TapeError(f"{written} rows, {expected} a moment ago: a file changed; import it again")

@@ -6,131 +6,61 @@ len(hash_ids) = ceil(input_length / 512). All ids are kept, so where `prefix_par
 last hash stands for that many tokens. Ids of two traces must never meet on one tape.
 """
 
-import json
 from collections.abc import Iterator
 from itertools import batched
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from tokentape.traces.errors import TapeError
-from tokentape.traces.importers.rows import (
-    MAX_TOKENS,
-    NO_VALUE,
-    NS_PER_MS,
-    Batch,
-    Format,
-    missing_columns,
-    open_trace,
-)
+from tokentape.traces.importers.reading import LAST_NS, Record, json_lines
+from tokentape.traces.importers.rows import NO_VALUE, NS_PER_MS, Batch, Format, blocks, counted
 
 BLOCK_TOKENS = 512
 TIME, INPUT, OUTPUT, HASHES = "timestamp", "input_length", "output_length", "hash_ids"
 REQUIRED = (TIME, INPUT, OUTPUT)
 KNOWN = (*REQUIRED, HASHES)
 BATCH_ROWS = 20_000
-MAX_TEXT = 64  # characters; a longer value may be a prompt, of which only the size is kept
-MAX_TIME_MS = (2**63 - 1) // NS_PER_MS
-
-Record = dict[str, Any]
+MAX_TIME_MS = LAST_NS // NS_PER_MS
 
 
 def read_batches(path: Path) -> Iterator[Batch]:
     """The rows of a file, in file order; TapeError names the line that cannot be read."""
-    for numbered in batched(enumerate(_records(path)), BATCH_ROWS):
-        kept = [(row, r) for row, r in numbered if all(r[name] is not None for name in REQUIRED)]
+    for numbered in batched(enumerate(json_lines(path)), BATCH_ROWS):
+        for _, record in numbered:
+            record.need(*REQUIRED)
+        kept = [(row, r) for row, r in numbered if r.has(*REQUIRED)]
         yield _batch(kept, dropped=len(numbered) - len(kept))
 
 
 def _batch(kept: list[tuple[int, Record]], dropped: int) -> Batch:
     records = [record for _, record in kept]
-    input_tokens = [record[INPUT] for record in records]
-    hashes = [_block_hashes(record) for record in records]
-    known = np.array([h is not None for h in hashes], dtype=bool)
-    partial = [n % BLOCK_TOKENS for n in input_tokens]
-    size = len(records)
+    time_ms = [record.count(TIME, MAX_TIME_MS) for record in records]
+    input_tokens = [record.count(INPUT) for record in records]
+    output_tokens = [record.count(OUTPUT) for record in records]
+    hashes = [_hashes(r, n or 0) for r, n in zip(records, input_tokens, strict=True)]
     columns = {
         "input_tokens": pa.array(input_tokens, pa.int64()),
-        "output_tokens": pa.array([record[OUTPUT] for record in records], pa.int64()),
-        "block_hashes": pa.array(hashes, pa.list_(pa.int64())),
-        "block_tokens": pa.array(np.full(size, BLOCK_TOKENS), pa.int32(), mask=~known),
-        "block_unit": pa.array(np.full(size, "token", dtype=object), pa.string(), mask=~known),
-        "block_scope": pa.array(np.full(size, "trace", dtype=object), pa.string(), mask=~known),
-        "prefix_partial": pa.array(np.array(partial, dtype=np.int64), pa.int32(), mask=~known),
-        "extra": pa.array([_extra(record) for record in records], pa.string()),
+        "output_tokens": pa.array(output_tokens, pa.int64()),
+        **blocks(hashes, input_tokens, BLOCK_TOKENS),
+        "extra": pa.array([record.extra(*KNOWN) for record in records], pa.string()),
     }
     return Batch(
-        np.array([record[TIME] for record in records], dtype=np.int64) * NS_PER_MS,
+        np.array(time_ms, dtype=np.int64) * NS_PER_MS,
         np.array([row for row, _ in kept], dtype=np.int64),
         columns,
-        dropped={NO_VALUE: dropped} if dropped else {},
+        dropped=counted(**{NO_VALUE: dropped}),
         notes={
-            "rows_without_output": sum(record[OUTPUT] == 0 for record in records),
-            "rows_without_prefix": int(np.count_nonzero(~known)),
+            "rows_without_output": output_tokens.count(0),
+            "rows_without_prefix": hashes.count(None),
         },
     )
 
 
-def _block_hashes(record: Record) -> list[int] | None:
-    """The ids as signed 64-bit numbers; None where there are none or they break the ceil rule."""
-    ids = record.get(HASHES)
-    if ids is None or len(ids) != -(-record[INPUT] // BLOCK_TOKENS):
-        return None
-    return [i if i < 1 << 63 else i - (1 << 64) for i in ids]
-
-
-def _extra(record: Record) -> str | None:
-    """Keys that this importer does not know: short scalars as they are, of others the size."""
-    kept: Record = {}
-    for name, value in record.items():
-        if name in KNOWN:
-            continue
-        short_text = isinstance(value, str) and len(value) <= MAX_TEXT
-        if short_text or value is None or isinstance(value, (bool, int, float)):
-            kept[name] = value
-        else:
-            kept[f"{name}_json_bytes"] = len(json.dumps(value, ensure_ascii=False).encode())
-    return json.dumps(kept) if kept else None
-
-
-def _records(path: Path) -> Iterator[Record]:
-    with open_trace(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _record(path, number, line)
-
-
-def _record(path: Path, number: int, line: bytes) -> Record:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise TapeError(
-            f"{path}, line {number}: not JSON ({error}; cut off?); "
-            "fetch the file again or remove the line"
-        ) from None
-    if not isinstance(record, dict):
-        raise TapeError(f"{path}, line {number}: not a JSON object; correct or remove the line")
-    missing_columns(Path(f"{path}, line {number}"), REQUIRED, list(record))
-    for name, most in ((TIME, MAX_TIME_MS), (INPUT, MAX_TOKENS), (OUTPUT, MAX_TOKENS)):
-        if record[name] is not None and not _is_count(record[name], most):
-            _refuse(path, number, name, record[name], f"not a whole number up to {most}")
-    ids = record.get(HASHES)
-    if ids is not None and not (
-        isinstance(ids, list) and all(_is_count(i, (1 << 64) - 1) for i in ids)
-    ):
-        _refuse(path, number, HASHES, ids, "not a list of block ids")
-    return record
-
-
-def _is_count(value: object, most: int) -> bool:
-    return type(value) is int and 0 <= value <= most
-
-
-def _refuse(path: Path, number: int, name: str, value: object, why: str) -> None:
-    shown = json.dumps(value)[:40]
-    raise TapeError(f"{path}, line {number}: {name} is {shown}, {why}; correct or remove the line")
+def _hashes(record: Record, input_tokens: int) -> list[int] | None:
+    """None where there are none or they break the ceil rule."""
+    ids = record.ids(HASHES)
+    return ids if ids is not None and len(ids) == -(-input_tokens // BLOCK_TOKENS) else None
 
 
 FORMAT = Format(
@@ -139,5 +69,7 @@ FORMAT = Format(
     wall_clock=False,
     one_file=True,
     read=read_batches,
+    marks=KNOWN,
     facts={"block_rule": "ceil", "block_scope": "trace"},
+    pattern="*.jsonl*",
 )

@@ -106,13 +106,25 @@ def capture(
 
 
 def import_(
-    trace_format: Annotated[str, typer.Argument(metavar="FORMAT", help="azure or mooncake.")],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="The trace's files.")],
+    trace_format: Annotated[
+        str,
+        typer.Argument(
+            metavar="FORMAT",
+            help="azure, bailian, burstgpt, mooncake, ragpulse, servegen or weka.",
+        ),
+    ],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="The trace's files, or its folder.")
+    ],
     tape: TapeToMake,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Seed of the draw, where a trace is no record."),
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Make a tape of a public trace.
+    """Make a tape of a trace in another tool's format.
 
     Every row is kept or counted as dropped, with the reason.
     """
@@ -123,6 +135,7 @@ def import_(
             trace_format,
             files,
             tape,
+            seed=seed,
             force=force,
             command=command_line(),
             progress=lambda done: tell(done, ""),
