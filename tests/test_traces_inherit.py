@@ -16,6 +16,7 @@ from tokentape.traces.journal import leftovers
 from tokentape.traces.reader import open_tape
 from tokentape.traces.recording import Recorder
 from tokentape.traces.recover import recover, replay_journal
+from tokentape.traces.writer import _ROW_BYTES, SEAL_BYTES
 
 USAGE = b',"usage":{"prompt_tokens":7,"completion_tokens":%d,"total_tokens":9}'
 OWN = {"request_id", "host", "worker"}  # columns that no two recordings share
@@ -280,6 +281,28 @@ def test_a_successor_that_finds_the_disk_full_goes_on_and_takes_over_when_there_
     assert (summary.seen, summary.rows, summary.losses) == (2, 2, {})
     assert check(open_tape(tape)) == []
     assert [f.name for f in (tape / "journal").iterdir()] == ["lock"]
+
+
+def test_what_the_dead_writer_had_sealed_is_on_the_tape_once(tmp_path: Path) -> None:
+    recorder = start(tmp_path / "a.tape", on_trouble=lambda _: None)
+    now = time.monotonic_ns()
+    stream = begin(recorder, now)
+    many = SEAL_BYTES // _ROW_BYTES + 100
+    for n in range(many):
+        recorder.close(recorder.open(now + n, {"arrival_ns": now + n}), now + n, {"outcome": "ok"})
+        if n % 5000 == 0:
+            recorder.flush()
+    recorder.flush()
+    wait_for(lambda: open_tape(recorder.tape).segments != [], "a segment is sealed")
+    finish(recorder, begin(recorder, now + many), now + many)
+    journaled(recorder, 5)
+    kill(recorder)
+    finish(recorder, stream, now)
+    summary = recorder.finish()
+    assert (summary.seen, summary.rows, summary.events) == (many + 2, many + 2, 6)
+    tape = open_tape(recorder.tape)
+    assert (tape.rows, len({s.metadata["incarnation"] for s in tape.segments})) == (many + 2, 2)
+    assert check(tape) == []
 
 
 def test_slots_are_freed_by_bytes_as_well_as_by_time(tmp_path: Path) -> None:

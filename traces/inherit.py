@@ -63,7 +63,7 @@ def inherit(tape: Path, ancestors: dict[str, int]) -> Inheritance | None:
     left = replay_journal(files[name], whole_blocks=True)
     if not left.clock["anchors"]:  # torn within its first record
         return None
-    ids, events = journal.sealed(tape, name)
-    finished = [row for row in left.finished if row["request_id"] not in ids]
+    finished = journal.without_sealed(tape, name, left.finished)
     skip = max(left.blocks - ancestors.get(left.counted_by, left.blocks), 0)
-    return Inheritance(tape, name, files[name], left, finished, len(ids), events, skip)
+    counts = journal.sealed_counts(tape, name)
+    return Inheritance(tape, name, files[name], left, finished, *counts, skip)

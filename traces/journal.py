@@ -21,7 +21,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 OPEN, COLUMNS, EVENTS, ROW, TELEMETRY, CLOCK, COUNTS, STATE = range(8)
@@ -217,19 +216,39 @@ def is_alive(file: Path) -> bool:
     return False
 
 
-def sealed(tape: Path, incarnation: str) -> tuple[set[bytes], int]:
-    """(request ids, number of events) in the segments of one incarnation.
-
-    Rows of its journal with these ids are not lost.
-    """
-    ids: set[bytes] = set()
-    events = 0
-    for file in (tape / "requests").glob(f"**/{incarnation}-*.parquet"):
+def sealed_counts(tape: Path, incarnation: str) -> tuple[int, int]:
+    """(rows, events) in the segments of one incarnation, by their footers."""
+    rows = events = 0
+    for file in _segments(tape, incarnation):
         with contextlib.suppress(pa.ArrowException, OSError):  # damaged: `check` names it
-            found = pq.read_table(file, columns=["request_id", "off_us"])
-            ids.update(found["request_id"].combine_chunks().storage.to_pylist())
-            events += pc.sum(pc.list_value_length(found["off_us"])).as_py() or 0
-    return ids, events
+            footer = pq.read_metadata(file).metadata
+            rows += int(footer[b"tokentape.rows"])
+            events += int(footer[b"tokentape.events"])
+    return rows, events
+
+
+def without_sealed(
+    tape: Path, incarnation: str, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Those rows of a journal that no segment of its incarnation has.
+
+    A journal begins behind a segment, so the first older one that has none of them ends the search.
+    """
+    wanted = {row["request_id"] for row in rows}
+    found: set[bytes] = set()
+    for file in reversed(_segments(tape, incarnation)):
+        with contextlib.suppress(pa.ArrowException, OSError):
+            ids = pq.read_table(file, columns=["request_id"])["request_id"].combine_chunks()
+            known = wanted.intersection(ids.storage.to_pylist())
+            if not known:
+                break
+            found |= known
+    return [row for row in rows if row["request_id"] not in found]
+
+
+def _segments(tape: Path, incarnation: str) -> list[Path]:
+    """Oldest first: folders are by the hour, names by number."""
+    return sorted((tape / "requests").glob(f"**/{incarnation}-*.parquet"))
 
 
 def count_unsealed(tape: Path) -> tuple[int, int]:
@@ -243,13 +262,13 @@ def count_unsealed(tape: Path) -> tuple[int, int]:
 def _count_unsealed(tape: Path) -> tuple[int, int]:
     finished = unfinished = 0
     for incarnation, file in leftovers(tape):
-        on_tape, _ = sealed(tape, incarnation)
-        opened: set[int] = set()
+        rows, opened = [], set()
         for kind, stream, *fields in read_records(file):
             if kind == OPEN:
                 opened.add(stream)
             elif kind == ROW:
                 opened.discard(stream)
-                finished += fields[0]["request_id"] not in on_tape
+                rows.append(fields[0])
+        finished += len(without_sealed(tape, incarnation, rows))
         unfinished += len(opened)
     return finished, unfinished

@@ -92,10 +92,10 @@ def seal_dead(tape: Path, timeout_s: float) -> None:
 
 
 def _recover_file(tape: Path, incarnation: str, file: Path) -> Recovered:
-    sealed, _ = journal.sealed(tape, incarnation)
+    sealed_rows, _ = journal.sealed_counts(tape, incarnation)
     left = replay_journal(file)
     cut = [cut_row(request) for request in left.open.values()]
-    fresh = [r for r in left.finished if r["request_id"] not in sealed] + cut
+    fresh = journal.without_sealed(tape, incarnation, left.finished) + cut
     worker = incarnation.partition("-")[0]
     writer = TapeWriter(tape, -1, left.clock, worker, heir_of=incarnation)
     for row in fresh:
@@ -104,7 +104,7 @@ def _recover_file(tape: Path, incarnation: str, file: Path) -> Recovered:
         writer.append_telemetry(tuple(sample))
     writer.seal()
     opened, reads = _counted(tape, incarnation)
-    on_tape = len(sealed) + len(fresh)
+    on_tape = sealed_rows + len(fresh)
     lost = max(opened - left.seen, 0)
     lost_reads = max(reads - left.reads, 0)
     with tape_facts.changing(tape) as facts:
