@@ -1,6 +1,7 @@
 """Requests of OpenAI chat and completions: columns, sizes of the unknown, canonical prompts."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +34,7 @@ def text_of(facts: RequestFacts) -> bytes:
     assert facts.prompt is not None
     assert facts.prompt.tokens is None
     assert facts.prompt.text is not None
-    return facts.prompt.text
+    return bytes(facts.prompt.text)
 
 
 @pytest.mark.parametrize(
@@ -336,3 +337,18 @@ def test_no_text_of_a_request_is_in_any_column() -> None:
         facts = read(path, body)
         assert "CANARY" not in repr(facts.columns)
         assert b"CANARY" in text_of(facts)  # it was there to be found
+
+
+def test_a_body_of_many_megabytes_is_read_in_little_more_than_twice_its_size() -> None:
+    body = json.dumps(
+        {"model": "m", "messages": [{"role": "user", "content": "word " * 4_000_000}]}
+    )
+    data = body.encode()
+    tracemalloc.start()
+    try:
+        facts = wire.read_request("/v1/chat/completions", data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(text_of(facts)) > 20_000_000
+    assert peak < 2.3 * len(data)  # the decoded text, and its bytes for the prefix hashes

@@ -200,10 +200,10 @@ class Assembler:
         """Parse the request's body once, and let go of it."""
         columns: dict[str, Any] = {"prompt_bytes": request.body_bytes}
         if request.body is not None:
-            body, request.body = bytes(request.body), None
+            body, request.body = request.body, None
             self._bodies_bytes -= len(body)
         elif request.row.get("prompt_bytes") is None and request.body_bytes:
-            body = b""  # given up
+            body = bytearray()  # given up
         else:
             return
         if body:

@@ -45,6 +45,7 @@ class Privacy:
         """The block columns of a prompt; none where the mode forbids them or there is no prompt."""
         if self.mode == "none" or prompt is None:
             return {}
+        data: bytes | bytearray
         if prompt.tokens is not None:
             try:
                 data = array("I", prompt.tokens).tobytes()
@@ -62,7 +63,7 @@ class Privacy:
             "prefix_partial": length % size,
         }
 
-    def _chain(self, data: bytes, step: int) -> list[int]:
+    def _chain(self, data: bytes | bytearray, step: int) -> list[int]:
         """A signed 64-bit hash per full block; each stands for the whole prompt up to its end."""
         hashes: list[int] = []
         previous = b""

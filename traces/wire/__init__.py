@@ -28,7 +28,7 @@ UNKNOWN = "unknown"
 class _Dialect(NamedTuple):
     path_end: str
     operation: str
-    read_request: Callable[[bytes], RequestFacts]
+    read_request: Callable[[bytes | bytearray], RequestFacts]
     stream: Callable[[int], StreamParser]
     whole: Callable[[int], WholeParser]
 
@@ -54,7 +54,7 @@ def wire_format(endpoint: str) -> str:
     return next((name for name, d in _DIALECTS.items() if path.endswith(d.path_end)), UNKNOWN)
 
 
-def read_request(endpoint: str, body: bytes) -> RequestFacts:
+def read_request(endpoint: str, body: bytes | bytearray) -> RequestFacts:
     """Columns and prompt of a request; what cannot be read is left out. Never raises."""
     name = wire_format(endpoint)
     if name == UNKNOWN:

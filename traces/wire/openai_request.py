@@ -85,25 +85,29 @@ _TOLD: Final = frozenset(key for key, _ in _VALUES.values()) | {
     "stream_options",
 }
 
+_PIECE_CHARS: Final = 1 << 20  # of a long text that are encoded at once
 _split = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class _Body:
-    """A request's top-level keys; values are decoded when they are asked for."""
+    """A request's top-level keys; values are decoded when they are asked for, out of the body.
 
-    def __init__(self, data: bytes) -> None:
+    A body may be tens of megabytes, so nothing here copies one.
+    """
+
+    def __init__(self, data: bytes | bytearray) -> None:
         try:
-            self.raw = {key: bytes(value) for key, value in _split(data).items()}
+            self.raw = _split(data)
         except (msgspec.DecodeError, ValueError):
             value = untrusted.decode_any(data)  # what Python's own json takes, servers take too
-            self.raw = {key: json.dumps(item).encode() for key, item in value.items()}
+            self.raw = {k: msgspec.Raw(json.dumps(item).encode()) for k, item in value.items()}
 
     def get(self, key: str) -> Any:
         raw = self.raw.get(key)
         return None if raw is None else untrusted.decode_any(raw)
 
 
-def read_chat(data: bytes) -> RequestFacts:
+def read_chat(data: bytes | bytearray) -> RequestFacts:
     """Facts of a chat request. Raises: anything, where the body is no JSON object."""
     body = _Body(data)
     columns = _columns(body)
@@ -118,11 +122,13 @@ def read_chat(data: bytes) -> RequestFacts:
     if body.get("logprobs") is True:
         asked = untrusted.whole_number(body.get("top_logprobs"), I16)
         columns["logprobs"] = max(1, asked or 0)
-    text = b"".join(_conversation(tools, messages))
+    text = bytearray()
+    for piece in _conversation(tools, messages):
+        text += piece
     return RequestFacts(columns, Prompt(text=text) if messages else None)
 
 
-def read_completions(data: bytes) -> RequestFacts:
+def read_completions(data: bytes | bytearray) -> RequestFacts:
     """Facts of a completions request. Raises: anything, where the body is no JSON object."""
     body = _Body(data)
     prompt = body.get("prompt")
@@ -134,7 +140,7 @@ def read_completions(data: bytes) -> RequestFacts:
     if batch and len(prompt) == 1:
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return RequestFacts(columns, Prompt(text=_utf8(prompt)))
+        return RequestFacts(columns, Prompt(text=b"".join(_utf8(prompt))))
     if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
         return RequestFacts(columns, Prompt(tokens=prompt))
     return RequestFacts(columns)  # several prompts have no single prefix
@@ -174,7 +180,7 @@ def _extra(body: _Body, options: dict[str, Any], extra: dict[str, Any]) -> str |
     if options.get("continuous_usage_stats") is True:
         extra["continuous_usage_stats"] = True
     for key, raw in body.raw.items():
-        if key in _TOLD or raw == b"null" or len(extra) >= _MOST_EXTRAS:
+        if key in _TOLD or _is_null(raw) or len(extra) >= _MOST_EXTRAS:
             continue
         value = None
         if key in _EXTRA_SCALARS:
@@ -212,7 +218,7 @@ def _conversation(tools: Any, messages: list[Any]) -> Iterator[bytes]:
     for message in messages:
         if not isinstance(message, dict):
             continue
-        yield _utf8(message.get("role"))
+        yield from _utf8(message.get("role"))
         yield _ROLE_END
         yield from _content(message.get("content"))
         calls = message.get("tool_calls")
@@ -220,25 +226,31 @@ def _conversation(tools: Any, messages: list[Any]) -> Iterator[bytes]:
             function = call.get("function") if isinstance(call, dict) else None
             if isinstance(function, dict):
                 yield _PART_END
-                yield _utf8(function.get("name"))
+                yield from _utf8(function.get("name"))
                 yield _ROLE_END
-                yield _utf8(function.get("arguments"))
+                yield from _utf8(function.get("arguments"))
         yield _MESSAGE_END
 
 
 def _content(content: Any) -> Iterator[bytes]:
     """Text as it is; of an image or a sound a digest, since its bytes are not its tokens."""
     if isinstance(content, str):
-        yield _utf8(content)
+        yield from _utf8(content)
     for part in content if isinstance(content, list) else ():
         if isinstance(part, dict) and isinstance(part.get("text"), str):
-            yield _utf8(part["text"])
+            yield from _utf8(part["text"])
         else:
             yield _PART_END + blake2b(_encode(part), digest_size=32).digest()
 
 
-def _utf8(value: Any) -> bytes:
-    return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else b""
+def _utf8(value: Any) -> Iterator[bytes]:
+    if isinstance(value, str):
+        for at in range(0, len(value), _PIECE_CHARS):
+            yield value[at : at + _PIECE_CHARS].encode("utf-8", "surrogatepass")
+
+
+def _is_null(raw: msgspec.Raw) -> bool:
+    return len(raw) == 4 and bytes(raw) == b"null"
 
 
 def _encode(value: Any) -> bytes:

@@ -17,7 +17,7 @@ class Prompt:
     """
 
     tokens: list[int] | None = None
-    text: bytes | None = None
+    text: bytes | bytearray | None = None
 
 
 @dataclass

@@ -20,7 +20,7 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]{0,63}")
 _decode = msgspec.json.Decoder().decode
 
 
-def decode_any(data: bytes) -> Any:
+def decode_any(data: bytes | bytearray | msgspec.Raw) -> Any:
     """The JSON value of data; also takes bad UTF-8, lone surrogates and NaN, as Python's own does.
 
     Raises: ValueError or RecursionError where it is no JSON.
@@ -28,7 +28,7 @@ def decode_any(data: bytes) -> Any:
     try:
         return _decode(data)
     except (msgspec.DecodeError, ValueError):
-        return json.loads(data.decode("utf-8", "replace"))
+        return json.loads(bytes(data).decode("utf-8", "replace"))
 
 
 def whole_number(value: Any, most: int = I32_MAX, least: int = 0) -> int | None:
