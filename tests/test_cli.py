@@ -121,7 +121,7 @@ MISTAKES = [
     ("engine --listen 127.0.0.1:TAKEN", 2, "the port is in use"),
     ("engine --profile nothing.toml", 2, "nothing.toml"),
     ("engine --profile bad.toml", 2, "did you mean step_ms"),
-    ("import azur cut.csv --tape x.tape", 2, "cut.csv looks like azure; known are azure, bailian"),
+    ("import azur cut.csv --tape x.tape", 2, "cut.csv looks like azure; known are agentic"),
     ("import mooncake cut.csv --tape x.tape", 1, "the file looks like azure"),
     ("import azure cut.csv --tape x.tape --seed 1", 2, "nothing is drawn from it"),
     ("import azure nothing.csv --tape x.tape", 1, "nothing.csv"),

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,7 +42,40 @@ WEKA_FILE = (
 )
 AZURE_ROWS = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n"
 MOONCAKE_ROW = '{"timestamp": 0, "input_length": 9, "output_length": 2, "hash_ids": [7]}\n'
+AGENTIC_ROW = (
+    '{"request_id": "a", "session_id": "s", "input_length": 9, "output_length": 2, '
+    '"hash_ids": [7], "timestamp": 0, "wait_for": []}\n'
+)
+AIPERF_ROW = (
+    '{"metadata": {"request_start_ns": 1759813207532900363, "request_end_ns": 1759813207838764604},'
+    '"metrics": {"input_sequence_length": {"value": 9, "unit": "tokens"}, '
+    '"output_sequence_length": {"value": 2, "unit": "tokens"}}, "error": null}\n'
+)
+DYNAMO_ROW = (
+    '{"timestamp": 5, "event": {"schema": "dynamo.request.trace.v1", "event_type": "request_end", '
+    '"event_time_unix_ms": 1759813207838, "request": {"request_id": "a", "input_tokens": 9, '
+    '"output_tokens": 2, "request_received_ms": 1759813207532}}}\n'
+)
+LITELLM_ROW = (
+    '{"id": "a", "call_type": "acompletion", "startTime": 1759813207.5, "endTime": 1759813208.5, '
+    '"prompt_tokens": 9, "completion_tokens": 2, "status": "success"}\n'
+)
+OTEL_FILE = (
+    '{"spans": [{"trace_id": "t", "span_id": "a", "start_time": "2026-02-25T10:00:00.000000", '
+    '"end_time": "2026-02-25T10:00:02", "attributes": {"gen_ai.operation.name": "chat"}}]}\n'
+)
+VLLM_FILE = (
+    '{"start_times": [5.0], "input_lens": [9], "output_lens": [2], "ttfts": [0.5], '
+    '"itls": [[0.1]], "errors": [""]}\n'
+)
 MADE = {
+    "agentic-mooncake": AGENTIC_ROW,
+    "aiperf": AIPERF_ROW,
+    "baseten": "",  # binary: see made()
+    "dynamo": DYNAMO_ROW,
+    "litellm": LITELLM_ROW,
+    "otel": OTEL_FILE,
+    "vllm-bench": VLLM_FILE,
     "azure": AZURE_ROWS,
     "bailian": BAILIAN_ROW,
     "burstgpt": BURSTGPT_ROWS,
@@ -49,7 +84,7 @@ MADE = {
     "servegen": SERVEGEN_ROW,
     "weka": WEKA_FILE,
 }
-LICENCES = {
+LICENCES = dict.fromkeys(MADE, "the user's own") | {
     "azure": "CC-BY",
     "bailian": "Apache",
     "burstgpt": "CC-BY",
@@ -65,6 +100,9 @@ def made(folder: Path, format_name: str) -> Path:
     """A small file of a format, in the name that its companions go by."""
     path = folder / f"{format_name}-trace.csv"
     path.write_text(MADE[format_name])
+    if format_name == "baseten":
+        row = {"timestamp_start_unix_ms": 1759813207532, "input_tokens": 9, "output_tokens": 2}
+        pq.write_table(pa.Table.from_pylist([row]), path)
     if format_name == "servegen":
         (folder / f"{format_name}-dataset.json").write_text(DATASET)
     return path
@@ -72,7 +110,7 @@ def made(folder: Path, format_name: str) -> Path:
 
 def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match="nonsense: unknown trace format; known are azure, bailian"
+        UsageError, match="nonsense: unknown trace format; known are agentic-mooncake, aiperf"
     ):
         import_trace("nonsense", [tmp_path / "absent"], tmp_path / "t.tape")
 
@@ -145,8 +183,8 @@ def test_a_bad_last_line_makes_no_tape_and_spares_the_old_one(
 ) -> None:
     good = import_trace(format_name, [made(tmp_path, format_name)], tmp_path / "t.tape")
     bad = tmp_path / "bad-trace.csv"
-    bad.write_text(MADE[format_name] * 3 + "cut")
-    with pytest.raises(TapeError, match=r"bad-trace\.csv(, line|: not JSON)"):
+    bad.write_bytes(made(tmp_path, format_name).read_bytes() * 3 + b"cut")
+    with pytest.raises(TapeError, match=r"bad-trace\.csv(, line|: not JSON|: not a Parquet)"):
         import_trace(format_name, [bad], good.tape, force=True)
     assert open_tape(good.tape).rows == good.written
 
@@ -220,3 +258,9 @@ def test_two_files_never_give_one_id(tmp_path: Path) -> None:
 def test_the_help_of_import_names_every_format() -> None:
     help_text = inspect.get_annotations(record.import_)["trace_format"].__metadata__[0].help
     assert re.findall(r"[a-z0-9-]{3,}", help_text) == sorted(FORMATS)
+
+
+def test_the_page_on_formats_tells_of_every_one() -> None:
+    page = (Path(__file__).parents[1] / "docs/formats.md").read_text()
+    told = re.findall(r"^\| `([a-z0-9-]+)` \|", page.partition("## Out")[0], re.MULTILINE)
+    assert sorted(told) == sorted(FORMATS)

@@ -17,10 +17,16 @@ import pyarrow as pa
 
 from tokentape.traces.errors import TapeError, UsageError
 from tokentape.traces.importers import (
+    agentic,
     azure,
     bailian,
+    baseten,
+    benches,
     burstgpt,
+    dynamo,
+    litellm,
     mooncake,
+    otel,
     ragpulse,
     servegen,
     weka,
@@ -30,12 +36,19 @@ from tokentape.traces.importers.sniffing import looks_like
 from tokentape.traces.writer import TapeWriter
 
 FORMATS: dict[str, Format] = {
+    "agentic-mooncake": agentic.FORMAT,
+    "aiperf": benches.AIPERF,
     "azure": azure.FORMAT,
     "bailian": bailian.FORMAT,
+    "baseten": baseten.FORMAT,
     "burstgpt": burstgpt.FORMAT,
+    "dynamo": dynamo.FORMAT,
+    "litellm": litellm.FORMAT,
     "mooncake": mooncake.FORMAT,
+    "otel": otel.FORMAT,
     "ragpulse": ragpulse.FORMAT,
     "servegen": servegen.FORMAT,
+    "vllm-bench": benches.VLLM,
     "weka": weka.FORMAT,
 }
 SEGMENT_ROWS = 100_000  # read back at once, and sorted by arrival within

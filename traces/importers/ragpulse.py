@@ -14,11 +14,10 @@ from itertools import batched
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from tokentape.traces.importers.reading import Record, json_lines
-from tokentape.traces.importers.rows import NO_VALUE, NS_PER_S, Batch, Format, blocks, counted
+from tokentape.traces.importers.rows import NO_VALUE, NS_PER_S, Batch, Format, batch_of, counted
 
 BLOCK_TOKENS = 64
 TABLES = {
@@ -108,9 +107,12 @@ def _row(row: int, record: Record, parts: Parts) -> dict[str, Any] | None:
         "row": row,
         "input_tokens": input_tokens,
         "output_tokens": record.count(OUTPUT),
+        "operation": "chat",
         "session_id": record.word(SESSION),
+        "session_source": "trace" if record.word(SESSION) else None,
         "turn_index": None,
         "hashes": parts.blocks(ids, input_tokens),
+        "block_tokens": BLOCK_TOKENS,
         "extra": record.extra(*KNOWN),
     }
 
@@ -126,37 +128,16 @@ def _time_ns(record: Record) -> int:
 
 
 def _batch(kept: list[dict[str, Any]], dropped: int) -> Batch:
-    input_tokens = [row["input_tokens"] for row in kept]
-    hashes = [row["hashes"] for row in kept]
-    prefix = blocks(hashes, input_tokens, BLOCK_TOKENS)
     left = [
-        None if h is None else n - BLOCK_TOKENS * len(h)
-        for h, n in zip(hashes, input_tokens, strict=True)
+        None if row["hashes"] is None else row["input_tokens"] - BLOCK_TOKENS * len(row["hashes"])
+        for row in kept
     ]
-    sessions = pa.array([row["session_id"] for row in kept], pa.string())
-    columns = {
-        "operation": pa.repeat(pa.scalar("chat"), len(kept)),
-        "session_id": sessions,
-        "session_source": pa.array(
-            [None if row["session_id"] is None else "trace" for row in kept], pa.string()
-        ),
-        "turn_index": pa.array([row["turn_index"] for row in kept], pa.int32()),
-        "input_tokens": pa.array(input_tokens, pa.int64()),
-        "output_tokens": pa.array([row["output_tokens"] for row in kept], pa.int64()),
-        **prefix,
-        "prefix_partial": pa.array(left, pa.int32()),
-        "extra": pa.array([row["extra"] for row in kept], pa.string()),
+    notes = {
+        "rows_without_output": sum(row["output_tokens"] == 0 for row in kept),
+        "rows_without_prefix": sum(row["hashes"] is None for row in kept),
     }
-    return Batch(
-        np.array([row["time_ns"] for row in kept], dtype=np.int64),
-        np.array([row["row"] for row in kept], dtype=np.int64),
-        columns,
-        counted(**{NO_VALUE: dropped}),
-        {
-            "rows_without_output": sum(row["output_tokens"] == 0 for row in kept),
-            "rows_without_prefix": hashes.count(None),
-        },
-    )
+    partial = pa.array(left, pa.int32())
+    return batch_of(kept, counted(**{NO_VALUE: dropped}), notes, prefix_partial=partial)
 
 
 FORMAT = Format(

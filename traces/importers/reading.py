@@ -7,9 +7,11 @@ format, and nothing is guessed: no unit, no number out of a text, no NaN.
 import gzip
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, cast
@@ -26,6 +28,7 @@ MAX_DOCUMENT_BYTES = 256 << 20  # of a trace that is one JSON value, unpacked
 MAX_WORD = 64  # characters of a value kept in `extra`
 BOM = b"\xef\xbb\xbf"
 LAST_NS = 2**63 - 1
+LAST_YEAR = 2262  # as far as 64 bits of ns reach
 UNREADABLE = "correct or remove the line"
 # Keys that hold, or may hold, what somebody wrote: of these only the size is ever kept.
 CONTENT = frozenset(
@@ -36,6 +39,7 @@ CONTENT = frozenset(
     )
 )
 
+_ISO = re.compile(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?\s?(Z|[+-]\d\d:?\d\d)?")
 _decode = msgspec.json.Decoder().decode
 
 
@@ -110,6 +114,22 @@ class Record:
         if type(value) is float and math.isfinite(value) and 0 <= value * unit_ns < LAST_NS:
             return exact_ns(value, unit_ns)
         raise self.refusal(name, "not a time")
+
+    def instant_ns(self, name: str) -> int | None:
+        """ns since 1970 of an ISO 8601 text, UTC where it names no zone; all nine digits kept."""
+        value = self.data.get(name)
+        if value is None:
+            return None
+        match = _ISO.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            raise self.refusal(name, "not a time with a date")
+        try:
+            whole = datetime.fromisoformat(f"{match[1]}T{match[2]}{match[4] or '+00:00'}")
+        except ValueError:
+            raise self.refusal(name, "no such time") from None
+        if not 1970 < whole.year < LAST_YEAR:
+            raise self.refusal(name, "not a time of this age")
+        return int(whole.timestamp()) * 10**9 + int((match[3] or "").ljust(9, "0"))
 
     def ids(self, name: str) -> list[int] | None:
         """A list of block ids, each up to 64 bits."""

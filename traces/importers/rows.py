@@ -248,6 +248,33 @@ def _signed(ids: Sequence[int] | None) -> Sequence[int] | None:
     return [i if i < 1 << 63 else i - (1 << 64) for i in ids]
 
 
+def batch_of(
+    rows: Sequence[dict[str, Any]],
+    dropped: dict[str, int],
+    notes: dict[str, int],
+    parents: Parents | None = None,
+    **more: pa.Array,
+) -> Batch:
+    """A batch of rows that are dictionaries: `time_ns`, `row`, and columns of the tape by name.
+
+    `hashes` with `block_tokens` become the prefix columns. `more` are whole columns.
+    """
+    names = rows[0].keys() - {"time_ns", "row", "hashes", "block_tokens"} if rows else set()
+    columns = {n: pa.array([row[n] for row in rows], REQUESTS.field(n).type) for n in names}
+    columns.setdefault("output_tokens", pa.nulls(len(rows), pa.int64()))
+    if rows and "hashes" in rows[0]:
+        hashes, sizes = [r["hashes"] for r in rows], [r["block_tokens"] for r in rows]
+        columns |= blocks(hashes, [row["input_tokens"] for row in rows], sizes)
+    return Batch(
+        np.array([row["time_ns"] for row in rows], dtype=np.int64),
+        np.array([row["row"] for row in rows], dtype=np.int64),
+        columns | more,
+        dropped,
+        notes,
+        parents,
+    )
+
+
 def counted(**reasons: int) -> dict[str, int]:
     """The counts that are not 0."""
     return {name: n for name, n in reasons.items() if n}

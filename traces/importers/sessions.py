@@ -7,7 +7,9 @@ A request whose end is not known is waited for by none. This is time order, not 
 dependency; a trace that names parents itself goes without this file.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,8 +57,28 @@ class Sessions:
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
 
-    def of_batch(self, ids: pa.Array, time_ns: Ints, end_ns: Ints | None, row: Ints) -> Linked:
-        """Turns and parents of the rows; an empty id is no session, an end of -1 is not known."""
+    def of_rows(self, rows: Sequence[dict[str, Any]]) -> Linked:
+        """As of_batch, for rows that are dictionaries: session_id, end_ns, parent_session."""
+        return self.of_batch(
+            pa.array([row["session_id"] for row in rows], pa.string()),
+            np.array([row["time_ns"] for row in rows], dtype=np.int64),
+            np.array([-1 if r["end_ns"] is None else r["end_ns"] for r in rows], dtype=np.int64),
+            np.array([row["row"] for row in rows], dtype=np.int64),
+            [row.pop("parent_session", None) for row in rows],
+        )
+
+    def of_batch(
+        self,
+        ids: pa.Array,
+        time_ns: Ints,
+        end_ns: Ints | None,
+        row: Ints,
+        origins: Sequence[str | None] = (),
+    ) -> Linked:
+        """Turns and parents of the rows; an empty id is no session, an end of -1 is not known.
+
+        `origins`: the session that started the row's session, where there is one.
+        """
         size = len(time_ns)
         known = np.asarray(pc.fill_null(pc.not_equal(ids, ""), fill_value=False), dtype=bool)
         where = np.flatnonzero(known)
@@ -67,7 +89,7 @@ class Sessions:
         parents: list[list[Member]] = [[] for _ in range(size)]
         names = ids.take(pa.array(where)).to_pylist()
         for index, name in zip(where.tolist(), names, strict=True):
-            session = self._sessions.setdefault(name, Session())
+            session = self._session(name, origins[index] if origins else None, int(time_ns[index]))
             turn[index] = session.turns
             start = int(time_ns[index])
             end = int(end_ns[index]) if end_ns is not None and end_ns[index] >= 0 else None
@@ -81,3 +103,12 @@ class Sessions:
             "think_ns": pa.array(think, mask=alone),
         }
         return Linked(columns, Parents.of([[(m[1], m[2]) for m in some] for some in parents]))
+
+    def _session(self, name: str, origin: str | None, time_ns: int) -> Session:
+        found = self._sessions.get(name)
+        if found is None:
+            found = self._sessions[name] = Session()
+            if origin is not None and origin in self._sessions:
+                leaves = self._sessions[origin].leaves
+                found.waited_for = [leaf for leaf in leaves if leaf[0] <= time_ns]
+        return found

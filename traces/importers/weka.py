@@ -15,9 +15,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from tokentape.traces.errors import TapeError
 from tokentape.traces.importers.reading import MAX_WORD, Record, json_document
 from tokentape.traces.importers.rows import (
@@ -26,7 +23,7 @@ from tokentape.traces.importers.rows import (
     Batch,
     Format,
     Parents,
-    blocks,
+    batch_of,
     counted,
 )
 from tokentape.traces.importers.sessions import Member, Session
@@ -95,11 +92,15 @@ class Trace:
         stop = item.word("stop")
         return {
             "time_ns": time_ns,
+            "row": len(self.rows),
+            "operation": "chat",
             "session_id": name,
+            "session_source": "trace",
             "turn_index": turn,
             "input_tokens": input_tokens,
             "output_tokens": item.count("out"),
             "hashes": [self._hash(item, i) for i in ids] if ids is not None and known else None,
+            "block_tokens": self.block_tokens,
             "stream": {"s": True, "n": False}.get(str(item.data.get("type"))),
             "model_requested": item.word("model"),
             "finish_reason": [stop] if stop else None,
@@ -151,41 +152,15 @@ def namespace_of(trace_id: str) -> int:
 
 def _batch(trace: Trace, document: Record) -> Batch:
     rows = trace.rows
-    input_tokens = [row["input_tokens"] for row in rows]
-    hashes = [row["hashes"] for row in rows]
-    types = {
-        "turn_index": pa.int32(),
-        "output_tokens": pa.int64(),
-        "stream": pa.bool_(),
-        "model_requested": pa.string(),
-        "finish_reason": pa.list_(pa.string()),
-        "first_content_ns": pa.int64(),
-        "end_ns": pa.int64(),
-        "think_ns": pa.int64(),
-        "session_id": pa.string(),
-        "extra": pa.string(),
+    notes = {
+        "rows_without_output": sum(row["output_tokens"] == 0 for row in rows),
+        "rows_without_prefix": sum(row["hashes"] is None for row in rows),
+        "subagents": trace.subagents,
+        "tool_tokens": document.count("tool_tokens") or 0,
+        "system_tokens": document.count("system_tokens") or 0,
     }
-    columns = {name: pa.array([row[name] for row in rows], t) for name, t in types.items()}
-    columns |= {
-        "operation": pa.repeat(pa.scalar("chat"), len(rows)),
-        "session_source": pa.repeat(pa.scalar("trace"), len(rows)),
-        "input_tokens": pa.array(input_tokens, pa.int64()),
-        **blocks(hashes, input_tokens, trace.block_tokens),
-    }
-    return Batch(
-        np.array([row["time_ns"] for row in rows], dtype=np.int64),
-        np.arange(len(rows), dtype=np.int64),
-        columns,
-        counted(**{NO_VALUE: trace.dropped}),
-        {
-            "rows_without_output": sum(row["output_tokens"] == 0 for row in rows),
-            "rows_without_prefix": hashes.count(None),
-            "subagents": trace.subagents,
-            "tool_tokens": document.count("tool_tokens") or 0,
-            "system_tokens": document.count("system_tokens") or 0,
-        },
-        Parents.of([[(m[1], m[2]) for m in some] for some in trace.parents]),
-    )
+    parents = Parents.of([[(m[1], m[2]) for m in some] for some in trace.parents])
+    return batch_of(rows, counted(**{NO_VALUE: trace.dropped}), notes, parents)
 
 
 FORMAT = Format(

@@ -110,7 +110,8 @@ def import_(
         str,
         typer.Argument(
             metavar="FORMAT",
-            help="azure, bailian, burstgpt, mooncake, ragpulse, servegen or weka.",
+            help="agentic-mooncake, aiperf, azure, bailian, baseten, burstgpt, dynamo, litellm, "
+            "mooncake, otel, ragpulse, servegen, vllm-bench, weka.",
         ),
     ],
     files: Annotated[
