@@ -89,6 +89,24 @@ def test_what_is_recorded_comes_back_as_a_row(tmp_path: Path) -> None:
     assert list((tape.path / "journal").iterdir()) == [tape.path / "journal" / "lock"]
 
 
+@pytest.mark.parametrize(
+    ("last", "outcome"),
+    [(b"data: [DONE]\n\n", "ok"), (event("d"), "client_abort")],
+    ids=["behind the end mark", "before it"],
+)
+def test_a_client_that_hangs_up_has_aborted_only_what_it_did_not_get(
+    tmp_path: Path, last: bytes, outcome: str
+) -> None:
+    recorder = start(tmp_path / "a.tape")
+    now = time.monotonic_ns()
+    stream = begin(recorder, now)
+    recorder.reply_data(stream, now + 5_000_000, last)
+    recorder.close(stream, now + 6_000_000, {"outcome": "client_abort"})
+    recorder.finish()
+    (row,) = open_tape(tmp_path / "a.tape").read(["outcome", "parse_status"]).to_pylist()
+    assert row == {"outcome": outcome, "parse_status": "ok" if outcome == "ok" else "partial"}
+
+
 def test_no_secret_reaches_any_file_in_any_mode(tmp_path: Path) -> None:
     for mode in ("none", "structure"):
         tape = tmp_path / f"{mode}.tape"

@@ -365,6 +365,8 @@ def _merge_reply(row: dict[str, Any], reply: Reply, *, streamed: bool) -> None:
     A reply that was not read as a stream has NULL event lists: whole, encoded or unknown.
     """
     row.update({name: value for name, value in reply.columns.items() if value is not None})
+    if row["outcome"] == "client_abort" and reply.done:  # it had all; many hang up at [DONE]
+        row["outcome"] = "ok"
     if row["outcome"] == "ok":
         if not 200 <= (row.get("http_status") or 200) < 300 and row["http_status"] != 101:
             row["outcome"] = "http_error"

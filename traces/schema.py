@@ -252,7 +252,8 @@ def _columns() -> Iterable[Column]:
     yield c(
         "outcome",
         text,
-        "ok, http_error, stream_error, client_abort, upstream_abort, timeout, connect_error, cut",
+        "ok, http_error, stream_error, client_abort, upstream_abort, timeout, connect_error, cut; "
+        "ok too where the client hung up behind the end of the answer",
     )
     yield c("origin", text, "who answered: upstream or proxy")
     yield c(
