@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from tokentape.traces.errors import TapeError, UsageError
@@ -51,7 +52,7 @@ FORMATS: dict[str, Format] = {
     "vllm-bench": benches.VLLM,
     "weka": weka.FORMAT,
 }
-SEGMENT_ROWS = 100_000  # read back at once, and sorted by arrival within
+SEGMENT_ROWS = 50_000  # at least, where the trace has as many; sorted by arrival within
 SEGMENT_BYTES = 64 << 20
 
 
@@ -169,8 +170,12 @@ def _write(
 
     def seal() -> None:
         if waiting:
-            writer.append_table(pa.concat_tables(waiting).sort_by("arrival_ns"))
+            table = pa.concat_tables(waiting)
+            arrival_ns = np.asarray(table["arrival_ns"])
+            if (arrival_ns[1:] < arrival_ns[:-1]).any():
+                table = table.take(pa.array(np.argsort(arrival_ns, kind="stable")))
             waiting.clear()
+            writer.append_table(table)
 
     for found in surveys:
         for batch in read(found.path):

@@ -185,7 +185,8 @@ def rows_table(batch: Batch, sha256: str, epoch_ns: int) -> pa.Table:
     columns = dict(batch.columns)
     if batch.parents is not None:
         columns["parents"] = _parents(batch.parents, sha256)
-    columns = {name: values.take(pa.array(order)) for name, values in columns.items()}
+    if (np.diff(order) != 1).any():
+        columns = {name: values.take(pa.array(order)) for name, values in columns.items()}
     for name in INSTANTS & columns.keys():
         columns[name] = pc.subtract(columns[name], epoch_ns)
     arrival = pa.array(batch.time_ns[order] - epoch_ns)

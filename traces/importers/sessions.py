@@ -86,23 +86,29 @@ class Sessions:
             return Linked({}, None)
         where = where[np.argsort(time_ns[where], kind="stable")]
         turn, think = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-        parents: list[list[Member]] = [[] for _ in range(size)]
+        waits = np.zeros(size, dtype=np.int64)
+        parents: dict[int, list[Member]] = {}
         names = ids.take(pa.array(where)).to_pylist()
         for index, name in zip(where.tolist(), names, strict=True):
-            session = self._session(name, origins[index] if origins else None, int(time_ns[index]))
-            turn[index] = session.turns
             start = int(time_ns[index])
+            session = self._session(name, origins[index] if origins else None, start)
+            turn[index] = session.turns
             end = int(end_ns[index]) if end_ns is not None and end_ns[index] >= 0 else None
-            parents[index] = session.add(start, end, int(row[index]))
-            think[index] = start - max((m[0] for m in parents[index]), default=0)
-        alone = np.array([not some for some in parents], dtype=bool)
+            found = session.add(start, end, int(row[index]))
+            if found:
+                parents[index] = found
+                waits[index] = len(found)
+                think[index] = start - max(m[0] for m in found)
         columns = {
             "session_id": pc.if_else(pa.array(known), ids, pa.scalar(None, pa.string())),
             "session_source": where_true(pa.array(known), "trace"),
             "turn_index": pa.array(turn, mask=~known),
-            "think_ns": pa.array(think, mask=alone),
+            "think_ns": pa.array(think, mask=waits == 0),
         }
-        return Linked(columns, Parents.of([[(m[1], m[2]) for m in some] for some in parents]))
+        members = [member for index in sorted(parents) for member in parents[index]]
+        pairs = np.array(members, dtype=np.int64).reshape(-1, 3)
+        offsets = np.concatenate([[0], np.cumsum(waits)])
+        return Linked(columns, Parents(offsets, pairs[:, 1], pairs[:, 2]))
 
     def _session(self, name: str, origin: str | None, time_ns: int) -> Session:
         found = self._sessions.get(name)

@@ -29,6 +29,11 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
     ),
     ("engine", drive.engine, "tokentape engine --listen 127.0.0.1:8000"),
     ("import", record.import_, "tokentape import azure trace.csv --tape azure.tape"),
+    (
+        "export",
+        read.export,
+        "tokentape export prod.tape --format perfetto --out prod.json",
+    ),
     ("info", read.info, "tokentape info prod.tape"),
     ("check", read.check, "tokentape check prod.tape"),
     ("recover", record.recover, "tokentape recover prod.tape"),

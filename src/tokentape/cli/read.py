@@ -1,4 +1,4 @@
-"""Verbs that read tapes and change nothing: info, check, report, sql, metrics."""
+"""Verbs that read tapes and change nothing: info, check, report, sql, metrics, export."""
 
 import io
 import shutil
@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tokentape.cli import units
 from tokentape.cli.output import print_json, print_lines, table_lines, write_csv, write_json
 from tokentape.cli.record import Json
 from tokentape.traces.errors import TapeError, UsageError
@@ -192,3 +193,39 @@ def _write(table: "pa.Table", form: str, binary: IO[bytes]) -> None:
     else:
         text.writelines(f"{line}\n" for line in table_lines(names, rows))
     text.detach()
+
+
+def export(
+    tape: Annotated[Path, typer.Argument(metavar="TAPE", help="The tape to read.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="agentic-mooncake, aiperf, csv, dynamo, guidellm, mooncake, otlp, perfetto, weka.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="What to write; weka makes a folder.")],
+    window: Annotated[
+        str | None,
+        typer.Option(metavar="FROM..TO", help="Only arrivals of this part of the tape: 0s..10m."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace PATH if it exists.")] = False,
+    json: Json = False,
+    skip_damaged: SkipDamaged = False,
+) -> None:
+    """Write a tape in another tool's format.
+
+    Rows that the format cannot hold are counted by reason; what else is lost is said.
+    """
+    from tokentape.traces.exporters import EVERYTHING, export_tape
+    from tokentape.traces.reader import open_tape
+
+    part = units.window_ns("--window", window) if window else EVERYTHING
+    opened_tape = open_tape(tape, skip_damaged=skip_damaged)
+    done = export_tape(opened_tape, form, out, window=part, force=force)
+    if json:
+        print_json(vars(done))
+        return
+    dropped = "".join(f", {n} left out ({reason})" for reason, n in sorted(done.dropped.items()))
+    print_lines([f"{done.read} requests read, {done.written} written{dropped}", *done.notes])
