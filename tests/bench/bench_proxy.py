@@ -23,6 +23,7 @@ from proxy_targets import TARGETS, Absent, Target, versions
 
 Row = dict[str, Any]
 DEFAULT = "direct,nginx,tokentape,stock"
+REWRITES = ("litellm",)  # events lose the server's stamp there, so only the first is timed
 STREAM_RATE = 20  # events a second of a stream, but at the lowest rate
 TOKENS = 200  # of a stream; the next begins when it ends
 RAMP_S = 1.0
@@ -58,6 +59,7 @@ def one(
             folder,
             target.port,
             *load,
+            *(["-c"] if name in REWRITES else []),
             *("-w", str(ramp_s + SETTLE_S), "-s", str(seconds), "-a", str(ramp_s)),
             pinned=True,
             on_begin=edge,
