@@ -29,7 +29,8 @@ from tokentape.proxy.exchange import (
     why_no_reply,
 )
 from tokentape.proxy.relay import Relay, Relays, http_layer, relayable
-from tokentape.proxy.sockets import ClientConnection, KernelClock, SocketStamps, read_stamp
+from tokentape.proxy.sockets import ClientConnection, SocketStamps, read_stamp
+from tokentape.traces.kernel_stamps import KernelClock
 from tokentape.traces.recording import Recorder, say
 
 _STATE = "tokentape"

@@ -21,13 +21,8 @@ from mitmproxy.proxy.layers import http as http_layers
 
 from tokentape.proxy.exact import RawChunkedReader
 from tokentape.proxy.loop import RelaySelector
-from tokentape.proxy.sockets import (
-    ANCILLARY_BYTES,
-    LATE_NS,
-    STAMP,
-    SocketStamps,
-    stamp_of,
-)
+from tokentape.proxy.sockets import SocketStamps
+from tokentape.traces.kernel_stamps import ANCILLARY_BYTES, LATE_NS, STAMP, stamp_of
 from tokentape.traces.recording import Recorder
 
 READ_BYTES = 64 << 10

@@ -3,7 +3,6 @@
 Reads carry the kernel's receive stamp (SO_TIMESTAMPNS, CLOCK_REALTIME), converted to the monotonic
 clock at once, with the process's own lateness beside it; without one, the stamp is that of the
 transport's callback. Writes are stamped at the write. Nothing here waits or raises into traffic.
-Source: Linux, Documentation/networking/timestamping.rst.
 """
 
 import asyncio
@@ -18,54 +17,16 @@ from time import monotonic_ns
 from typing import Any
 
 from tokentape.traces.blocks import NO_STAMP
-from tokentape.traces.clock import take_anchor
+from tokentape.traces.kernel_stamps import (
+    ANCILLARY_BYTES,
+    SO_TIMESTAMPNS,
+    KernelClock,
+    stamp_of,
+)
 
-SO_TIMESTAMPNS = 35  # SO_TIMESTAMPNS_OLD, whose message holds two native longs: s, ns
-ANCILLARY_BYTES = 64
-STEP_NS = 1_000_000  # the wall clock moved against the monotonic one by more than drift explains
 RESET_POLL_S = 0.001
 RESET_AFTER_NS = 5_000_000_000  # whatever a client has not taken by then
-LATE_NS = 1_000_000_000  # an older stamp is believed only when the wall clock has not stepped
-ANCHOR_JITTER_NS = 20_000  # a stamp this little after its read is the anchor's own error
-STAMP = struct.Struct("@ll")
 _LINGER_NOT = struct.pack("@ii", 1, 0)
-
-
-class KernelClock:
-    """Converts kernel stamps to CLOCK_MONOTONIC; `steps` counts steps of the wall clock."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.offset_ns = 0  # wall minus monotonic
-        self.refresh()
-        self.steps = 0
-
-    def refresh(self) -> bool:
-        """Follow the wall clock's drift; True when it has stepped. Call it a few times a second."""
-        anchor = take_anchor(tries=5)
-        offset_ns = anchor.wall_unix_ns - anchor.monotonic_ns
-        stepped = abs(offset_ns - self.offset_ns) > STEP_NS
-        self.steps += stepped
-        self.offset_ns = offset_ns
-        return stepped
-
-    def place(self, kernel_unix_ns: int, user_ns: int) -> tuple[int, int]:
-        """(monotonic ns, lateness in us) of a read; (`user_ns`, NO_STAMP) without a kernel stamp.
-
-        A stamp after the read means that the wall clock was set: it is not believed. One from long
-        before is, unless the clock was set meanwhile: a reader that was paused does read late.
-        """
-        if not kernel_unix_ns:
-            return user_ns, NO_STAMP
-        at_ns = kernel_unix_ns - self.offset_ns
-        late_ns = user_ns - at_ns
-        if 0 <= late_ns < LATE_NS:
-            return at_ns, late_ns // 1000
-        if -ANCHOR_JITTER_NS < late_ns < 0:
-            return user_ns, 0
-        if self.refresh() or late_ns < 0:
-            return user_ns, NO_STAMP
-        return at_ns, min(late_ns // 1000, NO_STAMP - 1)
 
 
 class StampedSocket(socket.socket):
@@ -97,15 +58,6 @@ class StampedSocket(socket.socket):
         """As socket.accept, for a connection that is stamped as well."""
         fd, address = self._accept()  # type: ignore[attr-defined]
         return StampedSocket(self.family, self.type, self.proto, fileno=fd), address
-
-
-def stamp_of(ancillary: list[tuple[int, int, bytes]]) -> int:
-    """The kernel's stamp among control messages, CLOCK_REALTIME ns; 0 when there is none."""
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS and len(data) == STAMP.size:
-            seconds, ns = STAMP.unpack(data)
-            return int(seconds) * 1_000_000_000 + int(ns)
-    return 0
 
 
 async def open_connection(

@@ -24,9 +24,10 @@ from proxied import Stage, capturing, chunk, post, receive, scripted, staged, ta
 from tokentape.proxy import relay as relays
 from tokentape.proxy import steps
 from tokentape.proxy.pulse import CALM_BEATS, LATE_BEATS, LATE_S, Breaker
-from tokentape.proxy.sockets import SO_TIMESTAMPNS, KernelClock, StampedSocket, stamp_of
+from tokentape.proxy.sockets import StampedSocket
 from tokentape.traces.blocks import NO_STAMP
 from tokentape.traces.check import check
+from tokentape.traces.kernel_stamps import SO_TIMESTAMPNS, KernelClock, stamp_of
 from tokentape.traces.reader import open_tape
 
 BODY = json.dumps({"model": "m", "prompt": "a b", "stream": True, "max_tokens": 3}).encode()
