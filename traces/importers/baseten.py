@@ -49,7 +49,7 @@ def read_batches(path: Path) -> Iterator[Batch]:
             for records in file.iter_batches(BATCH_ROWS, columns=wanted):
                 yield _batch(Columns(path, records, first), sessions)
                 first += records.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         why = str(error).splitlines()[0][:160]
         raise TapeError(f"{path}: not a Parquet file that can be read ({why})") from error
 

@@ -4,10 +4,10 @@ Nothing passes through a float. A TapeError names the line and the value that ca
 """
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from tokentape.traces.importers.rows import MAX_TOKENS, Ints
 
 BLOCK_BYTES = 4 << 20  # of text: about 100,000 rows
 
+_FIELDS = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 _COUNT = r"^\d{1,10}$"
 _SECONDS = r"^\d{1,10}(\.\d{0,9}0*)?$"  # from a trace's zero: up to 300 years
 
@@ -77,17 +78,14 @@ def header(path: Path) -> list[str]:
     """Names of the columns."""
     with open_trace(path) as file:
         line = file.readline(1 << 16).decode("utf-8-sig", errors="replace")
-    return [name.strip() for name in next(csv.reader([line.rstrip("\r\n")]), [])]
+    try:
+        return [name.strip() for name in next(csv.reader([line.rstrip("\r\n")]), [])]
+    except csv.Error as error:
+        raise TapeError(f"{path}: its first line is no header of a CSV file ({error})") from None
 
 
 def cells(path: Path, wanted: Sequence[str]) -> Iterator[Cells]:
     """The wanted columns, in file order. Arrow skips blank lines; `line_of` knows that."""
-    broken: list[Any] = []
-
-    def stop_at(row: Any) -> str:
-        broken.append(row)
-        return "error"
-
     as_text = dict.fromkeys(wanted, pa.string())
     first_row = 0
     with open_trace(path) as file:
@@ -95,21 +93,22 @@ def cells(path: Path, wanted: Sequence[str]) -> Iterator[Cells]:
             for batch in pa_csv.open_csv(
                 file,
                 pa_csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
-                pa_csv.ParseOptions(invalid_row_handler=stop_at),
+                pa_csv.ParseOptions(),
                 pa_csv.ConvertOptions(column_types=as_text, include_columns=list(wanted)),
             ):
                 row = first_row + np.arange(batch.num_rows, dtype=np.int64)
                 first_row += batch.num_rows
                 text = {name: pc.utf8_trim_whitespace(batch[name]) for name in wanted}
                 yield Cells(path, row, text)
-        except pa.ArrowInvalid as error:
-            if not broken:
-                why = str(error).splitlines()[0]
+        except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+            why = str(error).splitlines()[0][:160]
+            fields = _FIELDS.search(why)
+            if fields is None:
                 raise TapeError(f"{path}: not a CSV file ({why})") from error
+            line, expected, found = map(int, fields.groups())
             raise TapeError(
-                f"{path}, line {line_of(path, broken[0].number - 2)}: "
-                f"{broken[0].actual_columns} fields where the header has "
-                f"{broken[0].expected_columns} (cut off?); fetch the file again or remove the line"
+                f"{path}, line {line_of(path, line - 2)}: {found} fields where the header has "
+                f"{expected} (cut off?); fetch the file again or remove the line"
             ) from None
 
 

@@ -27,6 +27,9 @@ from tokentape.traces.importers.rows import MAX_TOKENS, NS_PER_S, Batch, Format,
 
 WINDOW_S = 600
 MAX_RATE_PER_S = 100_000.0
+LAST_START_S = 10**9
+LEAST_SHAPE, MOST_SHAPE = 0.006, 1e6  # of the real clients the least is 0.01
+MOST_PER_WINDOW = 20_000_000
 NO_LENGTHS = "no_lengths"  # drawn, but the data has no lengths for its window
 FIELDS = ("input_tokens", "output_tokens")
 BATCH_ROWS = 100_000
@@ -40,6 +43,7 @@ class Window:
     rate_per_s: float
     pattern: str
     shape: float
+    place: str
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,14 @@ def _windows(path: Path) -> Iterator[Window]:
         fields = next(csv.reader([line.decode(errors="replace")]))
         try:
             start, rate, _cv, pattern, shape, _scale = fields
-            window = Window(int(start), float(rate), pattern.strip(), float(shape))
+            window = Window(
+                int(start), float(rate), pattern.strip(), float(shape), f"{path}, line {number}"
+            )
         except ValueError:
             raise TapeError(
                 f"{path}, line {number}: not six fields of a client's window; {UNREADABLE}"
             ) from None
-        fits = 0 <= window.rate_per_s <= MAX_RATE_PER_S and window.start_s >= 0
+        fits = 0 <= window.rate_per_s <= MAX_RATE_PER_S and 0 <= window.start_s <= LAST_START_S
         if not fits or (window.rate_per_s and not _known(window)):
             raise TapeError(
                 f"{path}, line {number}: rate {rate}, pattern {pattern!r} cannot be drawn from; "
@@ -103,7 +109,7 @@ def _windows(path: Path) -> Iterator[Window]:
 
 
 def _known(window: Window) -> bool:
-    return window.pattern in {"Gamma", "Weibull"} and isfinite(window.shape) and window.shape > 0
+    return window.pattern in {"Gamma", "Weibull"} and LEAST_SHAPE <= window.shape <= MOST_SHAPE
 
 
 def _lengths(document: Record) -> dict[int, dict[str, Lengths | None]]:
@@ -172,6 +178,8 @@ def _arrivals_ns(window: Window, random: np.random.RandomState) -> Ints:
         more_s = last_s + np.cumsum(gaps_s)
         times_s = np.concatenate([times_s, more_s])
         last_s = float(times_s[-1])
+        if len(times_s) > MOST_PER_WINDOW:
+            raise TapeError(f"{window.place}: draws more than {MOST_PER_WINDOW} requests")
     inside = times_s[times_s < WINDOW_S]
     return window.start_s * NS_PER_S + np.floor(inside * NS_PER_S).astype(np.int64)
 

@@ -35,7 +35,7 @@ def _names(path: Path) -> set[str]:
     if head.startswith(b"PAR1"):
         try:
             return set(pq.read_schema(path).names)
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
             return set()
     if head.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (b"{", b"["):
         return {key.decode() for key in _KEY.findall(head)}
