@@ -15,7 +15,7 @@ from tokentape.traces.errors import TapeError, UsageError
 from tokentape.traces.importers import FORMATS, import_trace
 from tokentape.traces.reader import open_tape
 
-TEXT = sorted(set(FORMATS) - {"baseten"})
+READERS = ["azure", "mooncake", "otel", "servegen", "weka"]  # each way of reading that there is
 LINES = [  # one request a line
     *("agentic-mooncake", "aiperf", "bailian", "dynamo", "litellm", "mooncake", "ragpulse"),
     "servegen",
@@ -86,7 +86,7 @@ def test_a_damaged_file_is_refused_or_counted_and_raises_nothing_else(
     content = made(tmp_path, form).read_bytes() * (2 if form in LINES else 1)
     path = tmp_path / f"{form}-trace.csv"
     survived, said = 0, list[str]()
-    for seed in range(250):
+    for seed in range(120):
         path.write_bytes(mutations(content, seed))
         try:
             done = import_trace(form, [path], tmp_path / "t.tape", force=True)
@@ -101,7 +101,7 @@ def test_a_damaged_file_is_refused_or_counted_and_raises_nothing_else(
     assert all("\n" not in one and len(one) < 2_000 for one in said)
 
 
-@pytest.mark.parametrize("form", TEXT)
+@pytest.mark.parametrize("form", READERS)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
 def test_a_line_without_end_is_refused_in_little_memory(
     tmp_path: Path, form: str, packed: bool
