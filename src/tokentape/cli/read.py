@@ -39,18 +39,25 @@ def opened(paths: Sequence[Path], *, skip_damaged: bool) -> "list[Tape]":
 
 
 def info(tapes: Tapes, json: Json = False) -> None:
-    """Say what tapes are and what they hold.
+    """Say what tapes are, what they hold and what they lack.
 
-    Role, command, facts, counts and losses; reads no rows. Damaged segments are named, not refused.
+    Facts, counts and losses; arrivals, lengths, sessions, prefixes. Damaged segments are named, not
+    refused.
     """
-    told = [_told(tape) for tape in opened(tapes, skip_damaged=True)]
+    from dataclasses import asdict
+
+    from tokentape.cli.holds import lines_of
+    from tokentape.traces.summary import summarize
+
+    told = [(_told(tape), summarize(tape)) for tape in opened(tapes, skip_damaged=True)]
     if json:
-        print_json(told)
+        print_json([facts | {"holds": asdict(holds)} for facts, holds in told])
         return
-    for i, one in enumerate(told):
-        width = max(map(len, one))
+    for i, (facts, holds) in enumerate(told):
+        width = max(map(len, facts))
         print_lines([""] if i else [])
-        print_lines(f"{name:<{width}}  {_short(value)}" for name, value in one.items())
+        print_lines(f"{name:<{width}}  {_short(value)}" for name, value in facts.items())
+        print_lines(f"{name:<{width}}  {text}" for name, text in lines_of(holds))
 
 
 def _told(tape: "Tape") -> dict[str, object]:
