@@ -120,7 +120,8 @@ def summarize(tape: Tape) -> Summary:
     for segment in tape.segments:
         with pq.ParquetFile(segment.path) as file:
             _count_present(file.metadata, present)
-            names = [n for n in _COLUMNS if n in file.schema_arrow.names and present[n]]
+            here = set(file.schema_arrow.names)
+            names = [n for n in _COLUMNS if n in here and present[n]]
             for batch in file.iter_batches(BATCH_ROWS, columns=names):
                 _gather(batch, found)
     return Summary(
