@@ -35,6 +35,62 @@ prod.tape/
   major version that they do not know.
 """
 
+# Run as it stands, with nothing but pyarrow, by a test that then replays what it wrote.
+EXAMPLE = """\
+import json
+import uuid
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MS = 1_000_000  # ns
+tape = Path("mine.tape")
+(tape / "requests").mkdir(parents=True)
+facts = {{
+    "format_version": "{version}",
+    "tape_id": uuid.uuid4().hex,
+    "role": "import",
+    "wall_epoch_unix_ns": 1_700_000_000_000 * MS,
+}}
+(tape / "tape.json").write_text(json.dumps(facts))
+
+first, second = uuid.uuid4(), uuid.uuid4()
+columns = {{
+    "request_id": pa.array([first.bytes, second.bytes], pa.uuid()),
+    "session_id": pa.array(["chat-1", "chat-1"]),
+    "turn_index": pa.array([0, 1], pa.int32()),
+    "operation": pa.array(["chat", "chat"]),
+    "stream": pa.array([True, False]),
+    "arrival_ns": pa.array([0, 120 * MS], pa.int64()),
+    "send_ns": pa.array([0, None], pa.int64()),
+    "first_content_ns": pa.array([20 * MS, None], pa.int64()),
+    "last_content_ns": pa.array([40 * MS, None], pa.int64()),
+    "end_ns": pa.array([41 * MS, 180 * MS], pa.int64()),
+    "think_ns": pa.array([None, 79 * MS], pa.int64()),
+    "off_us": pa.array([[20_000, 30_000, 40_000], None], pa.list_(pa.uint32())),
+    "ntok": pa.array([[1, 1, 1], None], pa.list_(pa.uint16())),
+    "cls": pa.array([[0, 0, 0], None], pa.list_(pa.uint8())),
+    "ntok_source": pa.array(["one_per_event", None]),
+    "input_tokens": pa.array([50, 70], pa.int32()),
+    "output_tokens": pa.array([3, 5], pa.int32()),
+    "outcome": pa.array(["ok", "ok"]),
+}}
+table = pa.table(columns)
+counts = {{"tokentape.rows": str(table.num_rows), "tokentape.events": "3"}}
+pq.write_table(table.replace_schema_metadata(counts), tape / "requests" / "0.parquet")
+"""
+WRITING = """\
+## Write one yourself
+
+Any Parquet library will do. A tape needs `tape.json` with the four keys below, and files named
+`*.parquet` anywhere under `requests/`, each with its number of rows (`tokentape.rows`) and of
+events (`tokentape.events`, the values of `off_us`) as text in the footer's key-value metadata: a
+reader takes a file without them, or with other counts, for damaged. Columns may be missing, but not
+have another type; `request_id` and `arrival_ns` are in every row. `tokentape check` says what else
+is wrong. Columns that a reader does not know are ignored, those that are missing are NULL.
+"""
+
 
 def markdown() -> str:
     """The whole page."""
@@ -65,6 +121,8 @@ def _lines() -> Iterator[str]:
     yield f"- `cls`: {_numbered(schema.EVENT_CLASSES)}"
     yield f"- `aux_cls`: {_numbered(schema.AUX_CLASSES)}"
     yield ""
+    yield WRITING
+    yield f"```python\n{EXAMPLE.format(version=words.FORMAT_VERSION)}```\n"
 
 
 def _table(*names: str) -> Iterator[str]:
