@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tokentape.replay import measures
 from tokentape.replay.health import Health
 from tokentape.replay.sender import Sent
 from tokentape.replay.verdict import Verdict, judge_run
@@ -163,6 +164,9 @@ def test_prompts_shorter_than_the_template_are_exceptions_not_misses(tmp_path: P
         (health(steal_share=None), "valid", ""),
         (health(ticks=0), "suspect", "the event loop was not watched"),
         (health(cpu_share=0.95), "suspect", "95 % of a core"),
+        (health(gc_runs=3, gc_ns=9 * MS), "suspect", "3 garbage collections took 9.00 ms"),
+        (health(windows_closed=4), "valid", ""),
+        (health(windows_closed=40), "suspect", "full 40 times"),
     ],
 )
 def test_a_process_that_suffered_is_not_believed(
@@ -184,3 +188,84 @@ def test_a_run_in_which_nothing_was_sent_is_invalid(tmp_path: Path) -> None:
     verdict = judged(tmp_path / "t", lambda *_: None)
     assert verdict.level == "invalid" and "no request was sent" in verdict.reasons[0]
     assert verdict.text().startswith("verdict: invalid")
+
+
+def test_kernel_stamps_are_believed_when_the_loop_stalled_and_callback_stamps_are_not(
+    tmp_path: Path,
+) -> None:
+    stalled = health(late_p99_ns=15 * MS, stalls=12)
+    by_callback = judged(tmp_path / "a", own=stalled)
+    assert by_callback.level == "suspect" and "stamps may be as late" in by_callback.reasons[0]
+    kernel = failing(ROWS, event_clock="kernel", lag_max_us=900)
+    believed = judged(tmp_path / "b", kernel, own=stalled)
+    assert believed.level == "valid" and "12 stalls" in believed.text()
+    one_missing = failing(ROWS - 1, event_clock="kernel")
+    assert judged(tmp_path / "c", one_missing, own=stalled).level == "suspect"
+    gone = judged(tmp_path / "d", kernel, own=health(late_p99_ns=60 * MS))
+    assert gone.level == "suspect"
+
+
+@pytest.mark.parametrize(("lag_us", "level"), [(4_000, "valid"), (6_000, "suspect")])
+def test_reads_that_waited_half_a_gap_are_suspect(tmp_path: Path, lag_us: int, level: str) -> None:
+    def streaming(_: int, row: dict[str, Any]) -> dict[str, Any]:
+        off_us = [50_000 + 10_000 * i for i in range(10)]
+        last = row["first_content_ns"] + 90 * MS
+        more = {"off_us": off_us, "last_content_ns": last, "lag_max_us": lag_us}
+        return row | more | {"event_clock": "kernel"}
+
+    verdict = judged(tmp_path / "t", streaming)
+    assert verdict.figures["event_gap_p50_ns"] == 10 * MS
+    assert verdict.figures["arrival_lag_ns"]["p99"] == lag_us * 1000
+    assert verdict.level == level
+    assert f"worst read of each request p50 {lag_us / 1000:.2f} ms" in verdict.text()
+
+
+def test_a_second_that_fell_behind_does_not_average_out(tmp_path: Path) -> None:
+    """A fifth of one second's requests leaves in the next one: 98.7 ms late each at most."""
+
+    def one_slow_second(n: int, row: dict[str, Any]) -> dict[str, Any]:
+        if not 180 <= n < 200:
+            return row
+        sent = 2_000 * MS + (n - 179) * 1000
+        return row | {"send_ns": sent, "send_end_ns": sent, "first_content_ns": sent + 9_000 * MS}
+
+    verdict = judged(tmp_path / "t", one_slow_second)
+    over = verdict.figures["rate_over_time"]
+    assert over["slice_ns"] == 1000 * MS
+    assert over["offered"] == [100] * 3 and over["achieved"] == [100, 80, 120]
+    assert over["worst"] == {"slice": 1, "ratio": 0.8}
+    assert over["most_behind"] == 21  # the twenty, and the one due at that instant
+    assert "at 1 s the rate was 80.0 % of the offered one" in " ".join(verdict.reasons)
+    assert verdict.figures["rate"]["achieved_over_offered"] == pytest.approx(1, abs=1e-3)
+
+
+def test_each_cause_of_lateness_has_its_own_spread(tmp_path: Path) -> None:
+    def two_causes(n: int, row: dict[str, Any]) -> dict[str, Any]:
+        if n >= 3:
+            return row
+        sent = row["send_ns"] + (n + 2) * MS
+        cause = "connection" if n else "scheduler"
+        return row | {"send_ns": sent, "send_end_ns": sent + 10, "late_cause": cause}
+
+    figures = judged(tmp_path / "t", two_causes).figures
+    assert figures["late_causes"] == {"connection": 2, "scheduler": 1}
+    assert figures["lag_by_cause_ns"]["connection"]["max"] == 4 * MS + 100_000
+    assert figures["lag_by_cause_ns"]["scheduler"]["max"] == 2 * MS + 100_000
+
+
+def test_requests_that_waited_for_room_in_their_socket_are_counted(tmp_path: Path) -> None:
+    paused = failing(8, send_end_ns=10_000 * MS)
+    verdict = judged(tmp_path / "t", paused)
+    assert verdict.figures["paused_writes"] == 8
+    assert "8 requests waited for room to write" in " ".join(verdict.reasons)
+
+
+def test_a_wall_clock_that_was_set_is_told_from_one_that_drifts() -> None:
+    def anchors(moved_ns: int) -> list[dict[str, int]]:
+        later = {"monotonic_ns": 60_000 * MS, "wall_unix_ns": 60_000 * MS + moved_ns}
+        return [{"monotonic_ns": 0, "wall_unix_ns": 0}, later]
+
+    assert measures.wall_clock(anchors(20 * MS)) == {"wall_moved_ns": 20 * MS, "wall_stepped_ns": 0}
+    stepped = measures.wall_clock(anchors(-100 * MS))
+    assert stepped == {"wall_moved_ns": -100 * MS, "wall_stepped_ns": 69 * MS}
+    assert measures.wall_clock([]) == {"wall_moved_ns": 0, "wall_stepped_ns": 0}
