@@ -11,14 +11,16 @@ import json
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tokentape.analysis.hardware import HARDWARE_TABLE, Hardware, hardware_row
 from tokentape.analysis.modules import Module, ModuleError, SqlObject, load_order
 from tokentape.traces.errors import TapeError, UsageError
 from tokentape.traces.reader import Tape, open_tape
@@ -106,8 +108,12 @@ def connect(
     *,
     memory_limit: str | None = None,
     threads: int | None = None,
+    hardware: Mapping[str, Hardware] = MappingProxyType({}),
 ) -> Session:
-    """Open a session over tapes or their paths; `memory_limit` as in "500MB"."""
+    """Open a session over tapes or their paths; `memory_limit` as in "500MB".
+
+    hardware: facts by run label that replace the tape's own; "" for every run that is not named.
+    """
     opened = [t if isinstance(t, Tape) else open_tape(t) for t in tapes]
     if not opened:
         raise UsageError("no tape given")
@@ -120,6 +126,8 @@ def connect(
             if value is not None:
                 connection.execute(f"SET {name} = {_quoted(str(value))}")
         _make_tables(connection, opened, session.labels)
+        machines = pa.Table.from_pylist(_hardware_rows(session, hardware), schema=HARDWARE_TABLE)
+        _make_table(connection, "_hardware", machines)
         _load(connection, load_order())
         _open_files(connection, opened, session.labels)
         _lock(connection, opened)
@@ -127,6 +135,13 @@ def connect(
         connection.close()
         raise _shown(error, opened) from None
     return session
+
+
+def _hardware_rows(session: Session, told: Mapping[str, Hardware]) -> list[dict[str, Any]]:
+    if unknown := told.keys() - {"", *session.labels}:
+        raise UsageError(f"no run is named {min(unknown)}; there are {', '.join(session.labels)}")
+    pairs = zip(session.tapes, session.labels, strict=True)
+    return [hardware_row(tape, run, told) for tape, run in pairs]
 
 
 def run_labels(tapes: Sequence[Tape]) -> list[str]:

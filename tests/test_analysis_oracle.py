@@ -104,16 +104,24 @@ def of_request(row: Row) -> Iterator[tuple[str, float]]:
     ):
         if end is not None and base is not None:
             yield metric, end - base
+    if row["output_tokens"] and row["end_ns"] is not None and sent is not None:
+        yield "normalized", (row["end_ns"] - sent) / row["output_tokens"]
     if row.get("choice") is None and row["output_tokens"] >= 2 and len(row["off_us"]) >= 2:
         span = row["last_content_ns"] - row["first_content_ns"]
-        yield "tpot", span / (row["output_tokens"] - 1)
+        yield from of_pace(span / (row["output_tokens"] - 1))
+
+
+def of_pace(tpot_ns: float) -> Iterator[tuple[str, float]]:
+    yield "tpot", tpot_ns
+    if tpot_ns:
+        yield "tokens_per_s_user", 1e9 / tpot_ns
 
 
 def of_choices(row: Row) -> Iterator[tuple[str, float]]:
     for stream in streams_of(row):
         tokens = sum(k or 0 for _, k in stream)
         if row.get("choice") is not None and tokens >= 2 and len(stream) >= 2:
-            yield "tpot", (stream[-1][0] - stream[0][0]) * 1000 / (tokens - 1)
+            yield from of_pace((stream[-1][0] - stream[0][0]) * 1000 / (tokens - 1))
         yield from (("icl", (off - before) * 1000) for (before, _), (off, _) in pairwise(stream))
         carrying = [(off, k) for off, k in stream if k]
         for i, (off, k) in enumerate(carrying):
@@ -161,7 +169,7 @@ def test_every_statistic_agrees_with_numpy(tmp_path: Path, seed: int) -> None:
     for row in long:
         got[row["metric"]] |= {row["stat"]: row["value"], "n": row["n"]}
     samples = oracle(rows)
-    assert len(samples) == 13
+    assert len(samples) == 15
     for metric, values in samples.items():
         assert got[metric].pop("n") == len(values), metric
         agree(metric, got[metric], expected(values))

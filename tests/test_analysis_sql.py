@@ -453,6 +453,8 @@ def test_every_column_that_a_table_macro_returns_is_documented(session: Session)
         "overlap": "FROM {}('_in_flight_spans')",
         "overlap_quantiles": "FROM {}('_in_flight_spans')",
         "rates_in": "FROM {}(NULL, NULL)",
+        "fluidity_at": "FROM {}(500000, 50000)",
+        "price_split": "FROM {}(0.0001, 0.1)",
     }
     macros = {made.name: made for made in public_objects() if made.kind == "MACRO TABLE"}
     assert set(macros) == set(calls)

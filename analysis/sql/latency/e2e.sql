@@ -56,6 +56,7 @@ FROM requests;
 CREATE VIEW _e2e_samples AS
 SELECT
   run,
+  arrival_ns,
   unnest(['e2e', 'e2e_content', 'e2e_arrival']) AS metric,
   unnest([e2e_ns, e2e_content_ns, e2e_arrival_ns])::DOUBLE AS value,
   weight

@@ -57,6 +57,6 @@ GROUP BY run, request_id, choice;
 
 -- Samples of the metric above: replies that ended well.
 CREATE VIEW _tpot_samples AS
-SELECT run, 'tpot' AS metric, tpot_ns AS value, weight
+SELECT run, 'tpot' AS metric, arrival_ns, tpot_ns AS value, weight
 FROM tpot
 WHERE outcome = 'ok' AND tpot_ns IS NOT NULL;

@@ -72,6 +72,7 @@ FROM requests;
 CREATE VIEW _ttft_samples AS
 SELECT
   run,
+  arrival_ns,
   unnest(['ttft', 'ttft_arrival', 'ttfa', 'ttfa_arrival']) AS metric,
   unnest([ttft_ns, ttft_arrival_ns, ttfa_ns, ttfa_arrival_ns])::DOUBLE AS value,
   weight

@@ -1,6 +1,7 @@
 -- module: metrics.long
 -- requires: prelude.schema, prelude.quantiles, latency.ttft, latency.tpot, latency.icl, latency.itl,
---   latency.e2e, throughput.in_flight, throughput.rates, quality.outcomes, quality.schedule
+--   latency.e2e, latency.normalized, throughput.in_flight, throughput.rates, throughput.hardware,
+--   cost.price, cost.energy, quality.outcomes, quality.schedule
 --
 -- Every metric of every run in one tidy table, the only machine output. The same rows for every
 -- run, also where there is no value. A value that is NULL is not known, does not apply, or stands
@@ -27,6 +28,8 @@ FROM (
   SELECT * FROM _ttft_samples
   UNION ALL BY NAME SELECT * FROM _tpot_samples
   UNION ALL BY NAME SELECT * FROM _e2e_samples
+  UNION ALL BY NAME SELECT * FROM _normalized_samples
+  UNION ALL BY NAME SELECT * FROM _user_samples
   UNION ALL BY NAME SELECT * FROM _schedule_samples
 )
 JOIN tapes USING (run)
@@ -97,6 +100,24 @@ SELECT
 FROM (SELECT run FROM tapes)
 LEFT JOIN rates USING (run)
 UNION ALL BY NAME
+SELECT
+  run,
+  'value' AS stat,
+  unnest([
+    'output_tokens_per_s_gpu', 'total_tokens_per_s_gpu',
+    'usd_per_m_output', 'usd_per_m_total', 'joules_per_output_token'
+  ]) AS metric,
+  unnest([
+    output_tokens_per_s_gpu, total_tokens_per_s_gpu,
+    usd_per_m_output, usd_per_m_total, joules_per_output_token
+  ]) AS value,
+  unnest([output_known, output_known, output_known, output_known, output_tokens::BIGINT]) AS n
+FROM (SELECT run FROM tapes)
+LEFT JOIN rates USING (run)
+LEFT JOIN hardware_rates USING (run)
+LEFT JOIN price USING (run)
+LEFT JOIN energy USING (run)
+UNION ALL BY NAME
 SELECT run, 'outcomes' AS metric, outcome AS stat, requests AS value, requests AS n
 FROM outcomes
 UNION ALL BY NAME
@@ -128,7 +149,7 @@ LEFT JOIN (
 -- col stat VARCHAR: p50, p90, p99, p99.9, mean, min, max; value for a rate; the outcome for outcomes
 -- col weight VARCHAR: what each sample counts for: request, event, token, time, none
 -- col value DOUBLE: the number, in `unit`; NULL when unknown, not applicable or too few samples
--- col unit VARCHAR: ns, requests, requests/s, tokens/s
+-- col unit VARCHAR: ns, requests, requests/s, tokens/s, USD, J
 -- col n BIGINT: samples that it stands on: requests, choices, events, tokens or steps of a level
 -- col attempted BIGINT: requests on the tape, whatever their outcome
 -- col coverage DOUBLE: part of what was seen that the tape holds: requests, and for events and

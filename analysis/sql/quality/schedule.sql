@@ -67,6 +67,7 @@ GROUP BY ALL;
 CREATE VIEW _schedule_samples AS
 SELECT
   run,
+  arrival_ns,
   unnest(['send_lag', 'schedule_lag']) AS metric,
   unnest([send_lag_ns, schedule_lag_ns])::DOUBLE AS value,
   weight
