@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokentape.traces.errors import TapeError
-from tokentape.traces.importers import import_trace, mooncake
+from tokentape.traces.importers import import_trace, mooncake, reading
 from tokentape.traces.importers.rows import survey
 from tokentape.traces.reader import open_tape
 
@@ -78,7 +78,7 @@ def test_what_a_survey_finds_does_not_depend_on_the_batches(
     times_ms.sort()
     path = trace(tmp_path_factory.mktemp("mooncake"), *(record(t, n_in=1) for t in times_ms))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mooncake, "BATCH_ROWS", batch_rows)
+        patch.setattr(reading, "BLOCK_BYTES", 80 * batch_rows)
         found = survey(path, mooncake.FORMAT, mooncake.read_batches)
     distinct = sorted(set(times_ms))
     gaps = [b - a for a, b in itertools.pairwise(distinct)]
@@ -91,7 +91,7 @@ def test_what_a_survey_finds_does_not_depend_on_the_batches(
 def test_distinct_arrivals_of_a_disordered_file_are_not_guessed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mooncake, "BATCH_ROWS", 2)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 160)
     found = survey(
         trace(tmp_path, *map(record, (5, 9, 5, 0))), mooncake.FORMAT, mooncake.read_batches
     )
@@ -166,3 +166,32 @@ def test_the_conversation_trace_is_imported_whole(
         == r["input_tokens"]
         for r in rows
     )
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 10**9), st.integers(0, 2_000), st.integers(0, 9), st.booleans()),
+        min_size=1,
+        max_size=20,
+    ),
+    st.integers(0, 19),
+)
+def test_the_fast_way_and_the_line_by_line_way_agree(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, int, int, bool]], odd: int
+) -> None:
+    """One more key in one row sends its whole block the slow way."""
+    records = [record(t, n, out) for t, n, out, _ in rows]
+    for one, (*_, broken) in zip(records, rows, strict=True):
+        one["hash_ids"] = one["hash_ids"][1:] if broken else one["hash_ids"]
+    folder = tmp_path_factory.mktemp("mooncake")
+    (plain,) = mooncake.read_batches(trace(folder, *records))
+    assert plain.columns.keys() == {"input_tokens", "output_tokens", *PREFIX}
+    records[odd % len(records)]["one_more"] = 1
+    (slow,) = mooncake.read_batches(trace(folder, *records))
+    assert slow.columns.keys() == plain.columns.keys() | {"extra"}
+    assert (slow.time_ns == plain.time_ns).all()
+    assert (slow.row == plain.row).all()
+    assert slow.notes == plain.notes
+    for name, column in plain.columns.items():
+        assert column.to_pylist() == slow.columns[name].to_pylist(), name

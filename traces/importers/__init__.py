@@ -28,6 +28,7 @@ from tokentape.traces.importers import (
     litellm,
     mooncake,
     otel,
+    pcap,
     ragpulse,
     servegen,
     weka,
@@ -52,6 +53,8 @@ FORMATS: dict[str, Format] = {
     "vllm-bench": benches.VLLM,
     "weka": weka.FORMAT,
 }
+PCAP = "pcap"  # no format of rows: traffic, which the wire code reads
+NAMES = sorted([*FORMATS, PCAP])
 SEGMENT_ROWS = 50_000  # at least, where the trace has as many; sorted by arrival within
 SEGMENT_BYTES = 64 << 20
 
@@ -83,8 +86,13 @@ def import_trace(
     that cannot be read whole (it names the line) or a tape that exists; there is no new tape then.
     """
     known = FORMATS.get(format)
+    if known is None and format != PCAP:
+        raise UsageError(f"{_unknown(format, files)}known are {', '.join(NAMES)}")
     if known is None:
-        raise UsageError(f"{_unknown(format, files)}known are {', '.join(sorted(FORMATS))}")
+        written, _ = pcap.import_packets(
+            files, tape, force=force, command=command, progress=progress
+        )
+        return ImportSummary(written, written, {}, tape)
     if seed is not None and not known.seeded:
         raise UsageError(f"--seed {seed}: {format} is a record, nothing is drawn from it")
     read = partial(known.read, seed=seed or 0) if known.seeded else known.read

@@ -7,30 +7,90 @@ last hash stands for that many tokens. Ids of two traces must never meet on one 
 """
 
 from collections.abc import Iterator
-from itertools import batched
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from tokentape.traces.importers.reading import LAST_NS, Record, json_lines
-from tokentape.traces.importers.rows import NO_VALUE, NS_PER_MS, Batch, Format, blocks, counted
+from tokentape.traces.importers.reading import (
+    LAST_NS,
+    Record,
+    line_blocks,
+    plain_rows,
+    records_of,
+)
+from tokentape.traces.importers.rows import (
+    MAX_TOKENS,
+    NO_VALUE,
+    NS_PER_MS,
+    Batch,
+    Format,
+    blocks,
+    counted,
+    where_true,
+)
 
 BLOCK_TOKENS = 512
 TIME, INPUT, OUTPUT, HASHES = "timestamp", "input_length", "output_length", "hash_ids"
 REQUIRED = (TIME, INPUT, OUTPUT)
 KNOWN = (*REQUIRED, HASHES)
-BATCH_ROWS = 20_000
 MAX_TIME_MS = LAST_NS // NS_PER_MS
+PLAIN = pa.schema(
+    [
+        *((name, pa.int64()) for name in REQUIRED),
+        pa.field(HASHES, pa.list_(pa.int64())),
+    ]
+)
 
 
 def read_batches(path: Path) -> Iterator[Batch]:
     """The rows of a file, in file order; TapeError names the line that cannot be read."""
-    for numbered in batched(enumerate(json_lines(path)), BATCH_ROWS):
-        for _, record in numbered:
-            record.need(*REQUIRED)
-        kept = [(row, r) for row, r in numbered if r.has(*REQUIRED)]
-        yield _batch(kept, dropped=len(numbered) - len(kept))
+    row = 0
+    for first, block in line_blocks(path):
+        table = plain_rows(block, PLAIN)
+        batch = None if table is None else _plain_batch(table, row)
+        if batch is None:
+            numbered = list(enumerate(records_of(path, first, block), row))
+            for _, record in numbered:
+                record.need(*REQUIRED)
+            kept = [(number, r) for number, r in numbered if r.has(*REQUIRED)]
+            batch = _batch(kept, dropped=len(numbered) - len(kept))
+        row += len(batch.row) + sum(batch.dropped.values())
+        yield batch
+
+
+def _plain_batch(table: pa.Table, row: int) -> Batch | None:
+    """A block of rows as the published traces have them; None where some value is out of range."""
+    columns = {name: table[name].combine_chunks() for name in KNOWN}
+    most = {TIME: MAX_TIME_MS, INPUT: MAX_TOKENS, OUTPUT: MAX_TOKENS}
+    for name, limit in most.items():
+        values = np.asarray(columns[name])
+        if len(values) and (values.min() < 0 or values.max() > limit):
+            return None
+    ids = np.asarray(pc.list_flatten(columns[HASHES]))
+    if len(ids) and ids.min() < 0:
+        return None
+    size = table.num_rows
+    tokens = np.asarray(columns[INPUT])
+    fits = np.asarray(pc.list_value_length(columns[HASHES])) == -(-tokens // BLOCK_TOKENS)
+    mask = pa.array(fits)
+    prefix = {
+        "block_hashes": pc.if_else(mask, columns[HASHES], pa.scalar(None, pa.list_(pa.int64()))),
+        "block_tokens": pa.array(np.full(size, BLOCK_TOKENS), pa.int32(), mask=~fits),
+        "block_unit": where_true(mask, "token"),
+        "block_scope": where_true(mask, "trace"),
+        "prefix_partial": pa.array(tokens % BLOCK_TOKENS, pa.int32(), mask=~fits),
+    }
+    return Batch(
+        np.asarray(columns[TIME]) * NS_PER_MS,
+        row + np.arange(size, dtype=np.int64),
+        {"input_tokens": columns[INPUT], "output_tokens": columns[OUTPUT], **prefix},
+        notes={
+            "rows_without_output": int(np.count_nonzero(np.asarray(columns[OUTPUT]) == 0)),
+            "rows_without_prefix": int(np.count_nonzero(~fits)),
+        },
+    )
 
 
 def _batch(kept: list[tuple[int, Record]], dropped: int) -> Batch:

@@ -111,7 +111,7 @@ def import_(
         typer.Argument(
             metavar="FORMAT",
             help="agentic-mooncake, aiperf, azure, bailian, baseten, burstgpt, dynamo, litellm, "
-            "mooncake, otel, ragpulse, servegen, vllm-bench, weka.",
+            "mooncake, otel, pcap, ragpulse, servegen, vllm-bench, weka.",
         ),
     ],
     files: Annotated[
