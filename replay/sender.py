@@ -1,8 +1,9 @@
 """Sends a plan: each request at its own absolute instant, whatever the others do (open loop).
 
-One kernel timer stands at the next due time; on wake everything due is fired. No relative sleep, no
-queue between the timer and the socket, no garbage collection, and no body built late while there is
-time to build it early. A request that is late is sent all the same, and its row says why.
+A request is armed ahead: body built, connection taken, head serialized. One kernel timer stands at
+the next due time; on wake all that is due is released, each in one write. No relative sleep, no
+queue between the timer and the socket, no garbage collection. A request that is late is sent all
+the same, and its row says why.
 """
 
 import asyncio
@@ -15,15 +16,22 @@ from dataclasses import dataclass, field
 from time import monotonic_ns
 from typing import Any, Protocol
 
+import numpy as np
 from yarl import URL
 
 from tokentape.replay.health import Health, Watch
 from tokentape.replay.timer import AbsoluteTimer, precise_wakeups
-from tokentape.replay.transport import Client, Exchange, Reply
+from tokentape.replay.transport import Body, Client, Exchange, Reply
 
 NS_PER_S = 1_000_000_000
 START_AFTER_NS = 100_000_000  # from "all is ready" to the first due time
-POSTS_PER_TURN = 4  # a post costs about 0.3 ms; reads wait no longer than four of them
+ARM_AHEAD_NS = 15_000_000  # arming costs 0.3 to 0.5 ms, so it is done when nothing is due
+ARM_COST_NS = 600_000  # what one is allowed for where many are due together
+MOST_AHEAD_NS = 2 * NS_PER_S  # an armed request holds a connection
+ARMS_PER_TURN = 4  # reads wait no longer than these
+RELEASES_PER_TURN = 64  # of about 40 us
+NO_ARM_NS = 800_000  # before a due time
+SPIN_NS = 60_000  # `precise`: the timer wakes us so much early, the rest is waited for awake
 LATE_NS = 1_000_000  # a later send names its cause
 AHEAD_BYTES = 256 << 20  # bodies held ready
 AHEAD_LEAST = 64  # bodies that are ready even when there is never a quiet moment
@@ -84,6 +92,7 @@ class Sent:
     warmed: int
     health: Health
     outcomes: dict[str, int] = field(default_factory=dict)
+    clock_steps: int = 0  # of the wall clock: stamps near one are the process's own
 
 
 class Ahead:
@@ -126,6 +135,17 @@ class Ahead:
         return outgoing
 
 
+@dataclass
+class Armed:
+    """A request that is ready to be released, or was."""
+
+    exchange: Exchange
+    outgoing: Outgoing
+    due_ns: int
+    body: Body
+    task: asyncio.Task[None] = field(init=False)
+
+
 class Sender:
     """One worker's share of a run; `run` sends it all, `stop` ends it early."""
 
@@ -141,6 +161,7 @@ class Sender:
         progress: Callable[[Progress], None] | None = None,
         ahead_bytes: int = AHEAD_BYTES,
         worker: str = "w0",
+        precise: bool = False,
     ) -> None:
         self._client = client
         self._recorder = recorder
@@ -150,6 +171,10 @@ class Sender:
         self._timeout_s = None if timeout_ns is None else timeout_ns / NS_PER_S
         self._progress = progress
         self._where = {"host": platform.node(), "worker": worker, "attempt": 1, "copy_index": 0}
+        self._spin_ns = SPIN_NS if precise else 0
+        self._arm_ns = arm_times(due_ns)
+        self._armed: deque[Armed] = deque()  # those of numbers _next to _next_arm
+        self._next_arm = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._outcomes: dict[str, int] = {}
         self._next = self._late = self._worst_ns = 0
@@ -167,11 +192,12 @@ class Sender:
         watch = Watch(self._loop)
         try:
             with _collector_off():
-                self._t0_ns = monotonic_ns() + START_AFTER_NS
+                ahead_ns = -min(self._arm_ns[0], 0) if self._arm_ns else 0
+                self._t0_ns = monotonic_ns() + START_AFTER_NS + ahead_ns
                 self._recorder.flush_every(self._loop)
                 watch.start()
                 reports = self._loop.create_task(self._report(watch))
-                self._arm()
+                self._set_timer()
                 await self._finish()
                 reports.cancel()
         finally:
@@ -181,7 +207,14 @@ class Sender:
             raise self._defect
         not_sent = len(self._due_ns) - self._next
         return Sent(
-            self._t0_ns, self._next, not_sent, self._stopped, warmed, health, self._outcomes
+            self._t0_ns,
+            self._next,
+            not_sent,
+            self._stopped,
+            warmed,
+            health,
+            self._outcomes,
+            self._client.clock.steps,
         )
 
     def stop(self) -> None:
@@ -206,54 +239,105 @@ class Sender:
 
     # -- sending --------------------------------------------------------------------------------
 
-    def _arm(self) -> None:
-        if self._next < len(self._due_ns):
-            self._timer.at(self._t0_ns + self._due_ns[self._next])
-        else:
+    def _set_timer(self) -> None:
+        """Wake at the next due time, or at the next time to arm."""
+        if self._next == len(self._due_ns):
             self._posted.set()
+            return
+        at_ns = self._due_ns[self._next] - self._spin_ns
+        if self._next_arm < len(self._arm_ns):
+            at_ns = min(at_ns, self._arm_ns[self._next_arm])
+        self._timer.at(self._t0_ns + at_ns)
 
     def _fire(self) -> None:
-        """Send everything that is due, a few per turn of the loop so that replies are read."""
+        """Release what is due, arm what will be, a few per turn so that replies are read."""
         if self._stopped:
             return
         try:
-            self._send_due()
+            more = self._release_due()
+            if not more:
+                more = self._arm_ahead()
         except Exception as defect:  # noqa: BLE001 - told by run(), which would else wait for ever
             self._fail(defect)
+            return
+        if more:
+            self._loop.call_soon(self._fire)
+        else:
+            self._set_timer()
+            self._refill()
 
     def _fail(self, defect: BaseException) -> None:
         self._defect = self._defect or defect
         self.stop()
 
-    def _send_due(self) -> None:
-        due, count = self._due_ns, len(self._due_ns)
-        for _ in range(POSTS_PER_TURN):
-            if self._next == count or self._t0_ns + due[self._next] > monotonic_ns():
-                self._arm()
-                self._refill()
-                return
-            self._launch(self._t0_ns + due[self._next])
+    def _release_due(self) -> bool:
+        """Release a turn's share of what is due; whether more is."""
+        due, count, t0_ns = self._due_ns, len(self._due_ns), self._t0_ns
+        released: list[Armed] = []
+        more = False
+        while self._next < count:
+            early_ns = t0_ns + due[self._next] - monotonic_ns()
+            if early_ns > self._spin_ns:
+                break
+            more = len(released) == RELEASES_PER_TURN
+            if more:
+                break
+            while early_ns > 0:
+                early_ns = t0_ns + due[self._next] - monotonic_ns()
+            released.append(self._release())
             self._next += 1
-        self._loop.call_soon(self._fire)
+        for armed in released:  # after the writes: no row must delay a send
+            self._open(armed)
+        return more
 
-    def _launch(self, due_ns: int) -> None:
-        outgoing = self._ahead.take()
+    def _release(self) -> "Armed":
+        """Let the next request go; it is armed on the spot if that has not been done."""
+        if not self._armed:
+            self._arm()
+        armed = self._armed.popleft()
+        if armed.task.done():  # its connection went away before anything was sent
+            armed = self._launch(armed.outgoing, armed.due_ns)
+        armed.body.release()
+        deadline = armed.exchange.deadline
+        if self._timeout_s is not None and deadline is not None and not armed.task.done():
+            deadline.reschedule(self._loop.time() + self._timeout_s)
+        return armed
+
+    def _arm_ahead(self) -> bool:
+        """Arm a turn's share of those whose time to be armed has come; whether more wait."""
+        for _ in range(ARMS_PER_TURN):
+            if self._next_arm == len(self._due_ns):
+                return False
+            now = monotonic_ns() - self._t0_ns
+            if self._arm_ns[self._next_arm] > now:
+                return False
+            if self._next < self._next_arm and self._due_ns[self._next] - now < NO_ARM_NS:
+                return False  # the timer stands at that; arming goes on behind it
+            self._arm()
+        return True
+
+    def _arm(self) -> None:
+        due_ns = self._t0_ns + self._due_ns[self._next_arm]
+        self._next_arm += 1
+        self._armed.append(self._launch(self._ahead.take(), due_ns))
+
+    def _launch(self, outgoing: Outgoing, due_ns: int) -> "Armed":
         exchange = Exchange(self._recorder)
-        exchange.launch_ns = monotonic_ns()
-        task = asyncio.Task(
-            self._follow(exchange, outgoing, due_ns), loop=self._loop, eager_start=True
-        )
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        self._open(exchange, outgoing, due_ns)  # after the write: the row must not delay the send
+        body = Body(outgoing.body, exchange)
+        armed = Armed(exchange, outgoing, due_ns, body)
+        armed.task = asyncio.Task(self._follow(armed), loop=self._loop, eager_start=True)
+        self._tasks.add(armed.task)
+        armed.task.add_done_callback(self._done)
+        return armed
 
-    async def _follow(self, exchange: Exchange, outgoing: Outgoing, due_ns: int) -> None:
+    async def _follow(self, armed: "Armed") -> None:
         try:
             await self._client.perform(
-                exchange, outgoing.url, outgoing.headers, outgoing.body, self._timeout_s
+                armed.exchange, armed.outgoing.url, armed.outgoing.headers, armed.body
             )
         finally:
-            self._close(exchange, outgoing, due_ns)
+            if armed.exchange.release_ns:
+                self._close(armed)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -279,19 +363,23 @@ class Sender:
 
     # -- rows -----------------------------------------------------------------------------------
 
-    def _open(self, exchange: Exchange, outgoing: Outgoing, due_ns: int) -> None:
+    def _open(self, armed: "Armed") -> None:
+        exchange, outgoing, due_ns = armed.exchange, armed.outgoing, armed.due_ns
         if exchange.stream is not None:
             return
         row = outgoing.row | self._where
         row |= {"scheduled_ns": due_ns, "arrival_ns": due_ns, "prompt_bytes": len(outgoing.body)}
         if exchange.send_ns:
             row["send_ns"] = exchange.send_ns
-        exchange.stream = self._recorder.open(exchange.launch_ns, row)
+        exchange.stream = self._recorder.open(exchange.release_ns, row)
 
-    def _close(self, exchange: Exchange, outgoing: Outgoing, due_ns: int) -> None:
-        self._open(exchange, outgoing, due_ns)
-        sent = exchange.send_end_ns or exchange.end_ns
-        late_ns = sent - due_ns
+    def _close(self, armed: "Armed") -> None:
+        self._open(armed)
+        exchange, due_ns = armed.exchange, armed.due_ns
+        sent_ns = exchange.send_end_ns
+        if sent_ns and exchange.kernel_send_ns:  # the call may return long after
+            sent_ns = max(exchange.send_ns, min(sent_ns, exchange.kernel_send_ns))
+        late_ns = (sent_ns or exchange.end_ns) - due_ns
         self._worst_ns = max(self._worst_ns, late_ns)
         self._late += late_ns > LATE_NS
         self._outcomes[exchange.outcome] = self._outcomes.get(exchange.outcome, 0) + 1
@@ -306,12 +394,12 @@ class Sender:
         if exchange.send_ns:
             row |= {
                 "send_ns": exchange.send_ns,
-                "send_end_ns": exchange.send_end_ns or None,
-                "send_clock": "callback",
+                "send_end_ns": sent_ns or None,
+                "kernel_send_ns": exchange.kernel_send_ns or None,
+                "acked_ns": exchange.acked_ns or None,
+                "send_clock": "kernel" if exchange.kernel_send_ns else "callback",
                 "upstream_reused": exchange.reused,
             }
-        if exchange.head_ns:
-            row["event_clock"] = "callback"
         assert exchange.stream is not None
         self._recorder.close(
             exchange.stream, exchange.end_ns, {k: v for k, v in row.items() if v is not None}
@@ -322,6 +410,8 @@ class Sender:
     async def _finish(self) -> None:
         """Wait until all is sent and answered; once stopped, only GRACE_S for the answers."""
         await self._posted.wait()
+        for armed in self._armed:  # stopped before they were due: they were never sent
+            armed.task.cancel()
         if self._tasks:
             await self._ended.wait()
         if self._tasks:
@@ -338,30 +428,48 @@ class Sender:
         while True:
             await asyncio.sleep(PROGRESS_EVERY_S)
             now = monotonic_ns()
+            self._client.clock.refresh()
             samples = watch.last_second()
-            samples.append(("tokentape_in_flight", "{}", float(len(self._tasks))))
+            samples.append(("tokentape_clock_steps_total", "{}", float(self._client.clock.steps)))
+            samples.append(("tokentape_in_flight", "{}", float(self._in_flight())))
             self._recorder.telemetry(now, now, "tokentape replay", samples)
             if self._progress is not None:
                 self._progress(self._state(now))
+
+    def _in_flight(self) -> int:
+        return len(self._tasks) - len(self._armed)
 
     def _state(self, now_ns: int) -> Progress:
         return Progress(
             elapsed_s=max(0, now_ns - self._t0_ns) / NS_PER_S,
             total=len(self._due_ns),
             sent=self._next,
-            done=self._next - len(self._tasks),
-            in_flight=len(self._tasks),
+            done=self._next - self._in_flight(),
+            in_flight=self._in_flight(),
             late=self._late,
             worst_late_ms=self._worst_ns / 1e6,
         )
+
+
+def arm_times(due_ns: list[int]) -> list[int]:
+    """When to begin with each request, so that all are ready ARM_AHEAD_NS before they are due.
+
+    Where many are due together the first ones begin earlier, by ARM_COST_NS for each behind them.
+    """
+    if not due_ns:
+        return []
+    due = np.array(due_ns, dtype=np.int64)
+    cost = np.arange(len(due), dtype=np.int64) * ARM_COST_NS
+    latest = np.minimum.accumulate((due - cost)[::-1])[::-1] + cost - ARM_AHEAD_NS
+    return [int(t) for t in np.maximum(latest, due - MOST_AHEAD_NS)]
 
 
 def late_cause(exchange: Exchange, due_ns: int) -> str:
     """The largest part of a lateness: our own loop, the connect, or the write."""
     began = exchange.send_ns or exchange.end_ns
     parts = {
-        "scheduler": exchange.launch_ns - due_ns,
-        "connection": began - exchange.launch_ns,
+        "scheduler": exchange.release_ns - due_ns,
+        "connection": began - exchange.release_ns,
         "write": (exchange.send_end_ns or exchange.end_ns) - began,
     }
     if exchange.send_ns and exchange.connect_ns is None:  # the wait was for us, not for a connect

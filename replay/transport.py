@@ -1,16 +1,20 @@
-"""The wire of a replay: aiohttp, with stamps taken in the transport and body bytes kept out of it.
+"""The wire of a replay: aiohttp on our own transport, and body bytes kept out of it.
 
-aiohttp keeps what it is good at: connections and their pool, TLS, request serialization, response
-heads, end of body. Every read is stamped at the first statement of `data_received`, every request
-at its first and last `write`; body pieces go straight to the recorder and wake no coroutine.
+aiohttp keeps what it is good at: connections and their pool, TLS settings, request serialization,
+response heads, end of body. Reads carry the kernel's stamp (`sockets.py`); body pieces go straight
+to the recorder and wake no coroutine. A request is armed: its connection taken and its head built,
+long before it is released in a single write.
 It must never retry a request, and never follow a redirect. Private points of aiohttp that it leans
 on are tried by `self_check` before every run.
 """
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import resource
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -18,6 +22,7 @@ from errno import errorcode
 from time import monotonic_ns
 from typing import Any, Protocol, cast
 
+import aiohappyeyeballs
 import aiohttp
 from aiohttp import payload
 from aiohttp.client_proto import ResponseHandler
@@ -27,7 +32,9 @@ from aiohttp.streams import StreamReader
 from aiohttp.tracing import Trace
 from yarl import URL
 
-from tokentape.traces.errors import TokentapeError
+from tokentape.replay.sockets import Poller, connect_stamped, stamped_socket
+from tokentape.traces.blocks import NO_STAMP
+from tokentape.traces.kernel_stamps import SO_TIMESTAMPNS, KernelClock
 
 NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
 NO_REPLY = (aiohttp.ClientError, OSError)  # what a failed request raises
@@ -40,11 +47,16 @@ class Reply(Protocol):
     """Where a reply's head and body go; traces' Recorder is one."""
 
     def reply_head(
-        self, stream: int, t_ns: int, status: int, headers: list[tuple[bytes, bytes]]
+        self,
+        stream: int,
+        t_ns: int,
+        status: int,
+        headers: list[tuple[bytes, bytes]],
+        lag_us: int = NO_STAMP,
     ) -> None:
         """Status and headers of the reply."""
 
-    def reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
+    def reply_data(self, stream: int, t_ns: int, data: bytes, lag_us: int = NO_STAMP) -> None:
         """A piece of the body; pieces of one read share its stamp."""
 
 
@@ -52,14 +64,17 @@ class Exchange:
     """One request on the wire. The transport fills in the stamps (monotonic ns; 0 is never)."""
 
     __slots__ = (
+        "acked_ns",
         "conn_id",
         "connect_ns",
+        "deadline",
         "end_ns",
         "error_type",
         "head_ns",
-        "launch_ns",
+        "kernel_send_ns",
         "outcome",
         "recorder",
+        "release_ns",
         "reused",
         "send_end_ns",
         "send_ns",
@@ -70,9 +85,11 @@ class Exchange:
     def __init__(self, recorder: Reply) -> None:
         self.recorder = recorder
         self.stream: int | None = None
-        self.launch_ns = 0
+        self.release_ns = 0  # when it was let go; its connection may be ready long before
+        self.deadline: asyncio.Timeout | None = None
         self.connect_ns: int | None = None  # None: a connection was waiting
         self.send_ns = self.send_end_ns = self.head_ns = self.end_ns = 0
+        self.kernel_send_ns = self.acked_ns = 0
         self.status = 0
         self.conn_id: int | None = None
         self.reused = False
@@ -94,7 +111,7 @@ class Sink(StreamReader):
         exchange = protocol.exchange
         assert exchange is not None
         assert exchange.stream is not None
-        exchange.recorder.reply_data(exchange.stream, protocol.read_ns, data)
+        exchange.recorder.reply_data(exchange.stream, protocol.read_ns, data, protocol.lag_us)
         return False
 
     def feed_eof(self) -> None:
@@ -111,27 +128,6 @@ class Sink(StreamReader):
         """See begin_http_chunk_receiving."""
 
 
-class StampedTransport:
-    """asyncio's transport with a stamp on each write; everything else is the transport itself."""
-
-    def __init__(self, inner: asyncio.Transport, protocol: "StampedProtocol") -> None:
-        self._inner = inner
-        self._protocol = protocol
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def write(self, data: bytes) -> None:
-        """Stamp, write, and stamp the end if nothing stayed behind."""
-        self._protocol.bind_writer()
-        self._inner.write(data)
-        self._protocol.wrote(self._inner.get_write_buffer_size())
-
-    def writelines(self, pieces: list[bytes]) -> None:
-        """As `write`, head and body in one."""
-        self.write(b"".join(pieces))
-
-
 class StampedProtocol(ResponseHandler):
     """aiohttp's client protocol of one connection, which knows the exchange that it carries."""
 
@@ -141,38 +137,39 @@ class StampedProtocol(ResponseHandler):
         self.carried = 0
         self.exchange: Exchange | None = None
         self.read_ns = 0
+        self.lag_us = NO_STAMP
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Put the stamping transport in; a full buffer of one byte tells when the last one left."""
-        inner = cast("asyncio.Transport", transport)
-        # TLS transports of asyncio pause at once and for ever when the limit is 0.
-        inner.set_write_buffer_limits(high=1 if inner.get_extra_info("ssl_object") else 0, low=0)
-        super().connection_made(cast("asyncio.Transport", StampedTransport(inner, self)))
+    def bind(self, exchange: Exchange) -> None:
+        """What is written and read from now on belongs to this request."""
+        self.exchange = exchange
+        exchange.conn_id = self.conn_id
+        exchange.reused = self.carried > 0
+        self.carried += 1
 
-    def bind_writer(self) -> None:
-        """The request whose task writes now is what this connection carries."""
-        exchange = _CURRENT.get()
-        if exchange is not None and self.exchange is not exchange:
-            self.exchange = exchange
-            exchange.conn_id = self.conn_id
-            exchange.reused = self.carried > 0
-            self.carried += 1
+    def sending(self) -> bool:
+        """Stamp the first write of a request; what TLS itself writes later is none."""
+        exchange = self.exchange
+        if exchange is None or exchange.head_ns:
+            return False
+        if not exchange.send_ns:
             exchange.send_ns = monotonic_ns()
+        return True
 
-    def wrote(self, left_bytes: int) -> None:
-        """Stamp the request's end, unless the socket took only a part."""
-        if self.exchange is not None and left_bytes == 0:
-            self.exchange.send_end_ns = monotonic_ns()
+    def sent(self) -> None:
+        """Stamp the request's end."""
+        exchange = self.exchange
+        if exchange is not None and exchange.send_ns and not exchange.head_ns:
+            exchange.send_end_ns = monotonic_ns()
 
-    def resume_writing(self) -> None:
-        """The last byte of a large request has left."""
-        self.wrote(0)
-        super().resume_writing()
+    def left(self, at_ns: int) -> None:
+        """The last stamp is that of the last byte."""
+        if self.exchange is not None and not self.exchange.end_ns:
+            self.exchange.kernel_send_ns = at_ns
 
-    def data_received(self, data: bytes) -> None:
-        """Stamp the read before anything else is done with it."""
-        self.read_ns = monotonic_ns()
-        super().data_received(data)
+    def acked(self, at_ns: int) -> None:
+        """As `left`."""
+        if self.exchange is not None and not self.exchange.end_ns:
+            self.exchange.acked_ns = at_ns
 
     def feed_data(self, data: tuple[RawResponseMessage, StreamReader], size: int = 0) -> None:
         """A response head was read: record it, and turn its body to the recorder."""
@@ -183,7 +180,7 @@ class StampedProtocol(ResponseHandler):
             exchange.status = message.code
             assert exchange.stream is not None
             exchange.recorder.reply_head(
-                exchange.stream, self.read_ns, message.code, list(message.raw_headers)
+                exchange.stream, self.read_ns, message.code, list(message.raw_headers), self.lag_us
             )
             self._divert(body, exchange)
         super().feed_data(data, size)
@@ -195,7 +192,7 @@ class StampedProtocol(ResponseHandler):
             return
         assert exchange.stream is not None
         for piece in body._buffer:  # noqa: SLF001 - tried by self_check
-            exchange.recorder.reply_data(exchange.stream, self.read_ns, piece)
+            exchange.recorder.reply_data(exchange.stream, self.read_ns, piece, self.lag_us)
         body._buffer.clear()  # noqa: SLF001
         body._size = 0  # noqa: SLF001
         body.__class__ = Sink
@@ -221,13 +218,48 @@ class StampedProtocol(ResponseHandler):
 
 
 class StampedConnector(aiohttp.TCPConnector):
-    """aiohttp's pool with our protocol, no limit, and connections opened ahead of need."""
+    """aiohttp's pool on our transport, without limit, with connections opened ahead of need."""
 
-    def __init__(self) -> None:
-        super().__init__(limit=0, keepalive_timeout=None, ttl_dns_cache=None)
+    def __init__(self, clock: KernelClock, poller: Poller) -> None:
+        super().__init__(
+            limit=0, keepalive_timeout=None, ttl_dns_cache=None, socket_factory=stamped_socket
+        )
         assert isinstance(self._factory, functools.partial), "TCPConnector._factory"
         factory = functools.partial(StampedProtocol, self._loop, itertools.count(1))
         self._factory = cast("functools.partial[ResponseHandler]", factory)
+        self._clock = clock
+        self._poller = poller
+
+    async def _wrap_create_connection(
+        self,
+        *args: Any,
+        addr_infos: list[Any],
+        req: ClientRequest,
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109
+        client_error: type[Exception] = aiohttp.ClientConnectorError,
+        **kwargs: Any,
+    ) -> tuple[asyncio.Transport, ResponseHandler]:
+        """As aiohttp's, with our transport as its last step."""
+        sock = None
+        try:
+            async with asyncio.timeout(timeout.sock_connect):
+                sock = await aiohappyeyeballs.start_connection(
+                    addr_infos, loop=self._loop, socket_factory=stamped_socket
+                )
+                protocol = args[0]()
+                context, host = kwargs.get("ssl"), kwargs.get("server_hostname")
+                transport = await connect_stamped(
+                    self._loop, sock, protocol, self._clock, self._poller, context, host
+                )
+                return transport, protocol
+        except ssl.CertificateError as error:
+            raise aiohttp.ClientConnectorCertificateError(req.connection_key, error) from error
+        except ssl.SSLError as error:
+            raise aiohttp.ClientConnectorSSLError(req.connection_key, error) from error
+        except OSError as error:
+            if error.errno is None and isinstance(error, TimeoutError):
+                raise
+            raise client_error(req.connection_key, error) from error
 
     async def _create_connection(
         self,
@@ -263,35 +295,64 @@ class StampedConnector(aiohttp.TCPConnector):
 
 
 class Body(payload.BytesPayload):
-    """A request body; the stock class warns about bodies past 1 MB, which long prompts are."""
+    """A request body that waits, with its connection and head ready, until it is released.
 
-    def __init__(self, data: bytes) -> None:
+    The stock class warns about bodies past 1 MB, which long prompts are.
+    """
+
+    def __init__(self, data: bytes, exchange: Exchange) -> None:
         payload.Payload.__init__(self, data, content_type="application/json")
         self._size = len(data)
+        self._exchange = exchange
+        self._writer: Any = None
+        self._gate: asyncio.Future[None] | None = None
+
+    async def write_with_length(self, writer: Any, content_length: int | None) -> None:
+        """Called by aiohttp when the connection is there and the head is in its buffer."""
+        writer.protocol.bind(self._exchange)
+        if not self._exchange.release_ns:
+            self._writer = writer
+            self._gate = asyncio.get_running_loop().create_future()
+            await self._gate
+        if not self._exchange.send_ns:
+            await writer.write(self._value)
+
+    def release(self) -> None:
+        """Send head and body now, in one write; as soon as there is a connection, if not yet."""
+        self._exchange.release_ns = monotonic_ns()
+        if self._writer is None or self._gate is None or self._gate.done():
+            return
+        try:
+            self._writer.write(self._value).send(None)  # our transport never makes a writer wait
+        except StopIteration:
+            pass
+        except Exception as error:  # noqa: BLE001 - the connection went away: its task ends by it
+            self._gate.set_exception(error)
+            return
+        self._gate.set_result(None)
 
 
 class Client:
     """Sends exchanges over one pool."""
 
-    def __init__(self, session: aiohttp.ClientSession, connector: StampedConnector) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, connector: StampedConnector, clock: KernelClock
+    ) -> None:
         self._session = session
         self.connector = connector
+        self.clock = clock  # to be refreshed about once a second
 
     async def perform(
-        self,
-        exchange: Exchange,
-        url: URL,
-        headers: dict[str, str],
-        body: bytes,
-        timeout_s: float | None = None,
+        self, exchange: Exchange, url: URL, headers: dict[str, str], body: Body
     ) -> None:
-        """Send a request and follow its reply to the end; the outcome is left in the exchange.
+        """Take a connection, send when the body is released, follow the reply to its end.
 
-        Run it in a task of its own: the task's context tells the transport whose bytes it writes.
+        The outcome is left in the exchange; `exchange.deadline` is there to be set. Run it in a
+        task of its own: the task's context tells the connector whose connect it makes.
         """
         _CURRENT.set(exchange)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(None) as exchange.deadline:
                 await self._round_trip(url, headers, body)
             exchange.outcome = "upstream_abort" if exchange.error_type else "ok"
         except TimeoutError:
@@ -302,10 +363,8 @@ class Client:
         finally:
             exchange.end_ns = exchange.end_ns or monotonic_ns()
 
-    async def _round_trip(self, url: URL, headers: dict[str, str], body: bytes) -> None:
-        response = await self._session.post(
-            url, data=Body(body), headers=headers, allow_redirects=False
-        )
+    async def _round_trip(self, url: URL, headers: dict[str, str], body: Body) -> None:
+        response = await self._session.post(url, data=body, headers=headers, allow_redirects=False)
         try:
             if (error := response.content.exception()) is not None:
                 raise error
@@ -322,7 +381,9 @@ def _error_type(error: BaseException) -> str:
 @asynccontextmanager
 async def open_client() -> AsyncIterator[Client]:
     """A client whose connections close with the block."""
-    connector = StampedConnector()
+    clock = KernelClock()
+    poller = Poller(asyncio.get_running_loop())
+    connector = StampedConnector(clock, poller)
     async with aiohttp.ClientSession(
         connector=connector,
         auto_decompress=False,
@@ -331,7 +392,13 @@ async def open_client() -> AsyncIterator[Client]:
         timeout=NO_TIMEOUT,
         trust_env=False,
     ) as session:
-        yield Client(session, connector)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as keeper:
+            # The kernel begins to stamp with the first socket that asks, and misses a few packets.
+            with contextlib.suppress(OSError):
+                keeper.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+            yield Client(session, connector, clock)
+    await asyncio.sleep(0)  # the transports' last words
+    poller.close()
 
 
 async def fetch(
@@ -360,47 +427,3 @@ def allow_files(wanted: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
         soft = target
     return wanted if soft == resource.RLIM_INFINITY else min(wanted, max(1, soft - SPARE_FILES))
-
-
-_CHECK_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-class _Pieces:
-    """A recorder for the self-check."""
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.seen: list[bytes] = []
-
-    def reply_head(
-        self, stream: int, t_ns: int, status: int, headers: list[tuple[bytes, bytes]]
-    ) -> None:
-        self.status = status
-
-    def reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
-        self.seen.append(data)
-
-
-async def self_check() -> None:
-    """Read a reply in two pieces through our protocol; TokentapeError if aiohttp has changed."""
-    pieces = _Pieces()
-    exchange = Exchange(pieces)
-    exchange.stream = 1
-    wrong = ""
-    try:
-        await StampedConnector().close()
-        protocol = StampedProtocol(asyncio.get_running_loop(), itertools.count(1))
-        protocol.exchange = exchange
-        protocol.set_response_params(auto_decompress=False)
-        protocol.data_received(_CHECK_HEAD + b"3\r\none\r\n")
-        protocol.data_received(b"3\r\ntwo\r\n0\r\n\r\n")
-        assert callable(aiohttp.TCPConnector._create_connection)  # noqa: SLF001
-        if (pieces.status, pieces.seen) != (200, [b"one", b"two"]) or not exchange.end_ns:
-            wrong = f"status {pieces.status}, {len(pieces.seen)} pieces"
-    except (AttributeError, TypeError, AssertionError) as error:
-        wrong = str(error)
-    if wrong:
-        raise TokentapeError(
-            f"aiohttp {aiohttp.__version__} does not work as replay needs ({wrong}); "
-            "install aiohttp>=3.14,<3.15"
-        )

@@ -87,7 +87,7 @@ def test_a_run_is_a_tape_with_one_row_for_each_request_of_the_plan(
         assert row["planned_input_tokens"] == row["input_tokens"] == 20 + number
         assert row["planned_output_tokens"] == row["output_tokens"] == len(row["off_us"]) == 3
         assert row["model_requested"] == row["model"] == "m"
-        assert row["event_clock"] == row["send_clock"] == "callback"
+        assert row["event_clock"] == row["send_clock"] == "kernel"
         assert row["arrival_ns"] <= row["send_ns"] <= row["send_end_ns"]
         assert row["send_end_ns"] <= row["response_headers_ns"] <= row["first_content_ns"]
         assert row["first_content_ns"] <= row["last_content_ns"] <= row["end_ns"]

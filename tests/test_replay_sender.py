@@ -16,6 +16,7 @@ from replay_server import HEAD, LAST, Script, Seen, Server, Step, chunk, plain, 
 from tokentape.replay import sender
 from tokentape.replay.sender import Ahead, Outgoing, Progress, Sender, Sent, late_cause
 from tokentape.replay.transport import Exchange, open_client
+from tokentape.traces.blocks import NO_STAMP
 
 MS = 1_000_000
 
@@ -34,11 +35,16 @@ class Rows:
         return len(self.rows)
 
     def reply_head(
-        self, stream: int, t_ns: int, status: int, headers: list[tuple[bytes, bytes]]
+        self,
+        stream: int,
+        t_ns: int,
+        status: int,
+        headers: list[tuple[bytes, bytes]],
+        lag_us: int = NO_STAMP,
     ) -> None:
         self.rows[stream - 1] |= {"http_status": status, "response_headers_ns": t_ns}
 
-    def reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
+    def reply_data(self, stream: int, t_ns: int, data: bytes, lag_us: int = NO_STAMP) -> None:
         self.data[stream] = self.data.get(stream, b"") + data
 
     def close(self, stream: int, t_ns: int, row: dict[str, Any]) -> None:
@@ -139,7 +145,7 @@ def test_requests_due_together_are_all_sent_without_waiting_for_replies() -> Non
 def test_a_late_send_names_the_largest_part_of_its_lateness() -> None:
     def exchange(launch: int, connect: int | None, send: int, end: int) -> Exchange:
         made = Exchange(Rows())
-        made.launch_ns, made.connect_ns = launch, connect
+        made.release_ns, made.connect_ns = launch, connect
         made.send_ns, made.send_end_ns = send, end
         made.end_ns = end
         return made
@@ -224,7 +230,7 @@ def test_progress_and_telemetry_come_about_each_second() -> None:
     sent, rows, _ = send(answer, [0, 1_300 * MS], progress=seen.append)
     assert sent.sent == 2
     assert [(p.total, p.sent, p.done, p.in_flight) for p in seen] == [(2, 1, 1, 0)]
-    assert rows.samples == 3
+    assert rows.samples == 5
 
 
 def test_the_collector_is_off_during_a_run_and_on_after_it() -> None:

@@ -10,7 +10,9 @@ from yarl import URL
 
 from replay_server import HEAD, LAST, Script, Seen, Step, chunk, plain, serve
 from tokentape.replay import transport
-from tokentape.replay.transport import Exchange, open_client, self_check
+from tokentape.replay.self_check import self_check
+from tokentape.replay.transport import Body, Exchange, open_client
+from tokentape.traces.blocks import NO_STAMP
 from tokentape.traces.errors import TokentapeError
 
 
@@ -22,11 +24,16 @@ class Pieces:
         self.data: list[tuple[int, int, bytes]] = []
 
     def reply_head(
-        self, stream: int, t_ns: int, status: int, headers: list[tuple[bytes, bytes]]
+        self,
+        stream: int,
+        t_ns: int,
+        status: int,
+        headers: list[tuple[bytes, bytes]],
+        lag_us: int = NO_STAMP,
     ) -> None:
         self.heads.append((stream, t_ns, status, headers))
 
-    def reply_data(self, stream: int, t_ns: int, data: bytes) -> None:
+    def reply_data(self, stream: int, t_ns: int, data: bytes, lag_us: int = NO_STAMP) -> None:
         self.data.append((stream, t_ns, data))
 
     def body(self, stream: int) -> bytes:
@@ -51,11 +58,15 @@ async def send(
             exchange = Exchange(recorder)
             exchange.stream = number
             exchanges.append(exchange)
+            ready = Body(body, exchange)
             task = asyncio.Task(
-                client.perform(exchange, URL(url), {"X-Test": "1"}, body, timeout_s),
+                client.perform(exchange, URL(url), {"X-Test": "1"}, ready),
                 loop=asyncio.get_running_loop(),
                 eager_start=True,
             )
+            ready.release()
+            if timeout_s is not None and exchange.deadline is not None:
+                exchange.deadline.reschedule(asyncio.get_running_loop().time() + timeout_s)
             if not at_once:
                 await task
             tasks.append(task)
@@ -77,7 +88,9 @@ def test_a_streamed_body_reaches_the_recorder_whole_and_in_order() -> None:
     assert exchange.outcome == "ok" and exchange.status == 200
     stamps = [t for _, t, _ in pieces.data]
     assert stamps == sorted(stamps)
-    assert exchange.launch_ns <= exchange.send_ns <= exchange.send_end_ns <= exchange.head_ns
+    assert exchange.release_ns <= exchange.send_ns <= min(exchange.send_end_ns, exchange.head_ns)
+    assert exchange.send_ns <= exchange.kernel_send_ns <= exchange.acked_ns
+    assert exchange.kernel_send_ns <= exchange.head_ns
     assert exchange.head_ns == pieces.heads[0][1] <= stamps[0] <= stamps[-1] <= exchange.end_ns
 
 
