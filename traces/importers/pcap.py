@@ -223,7 +223,7 @@ def _dpkt() -> Any:
     try:
         return importlib.import_module("dpkt")
     except ImportError:
-        raise UsageError("import pcap: needs dpkt; pip install dpkt") from None
+        raise UsageError("import pcap: needs dpkt; pip install 'tokentape[pcap]'") from None
 
 
 def _sha256(path: Path) -> str:
