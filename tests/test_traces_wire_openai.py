@@ -867,6 +867,12 @@ def test_nothing_that_a_server_sends_raises(value: Any, junk: bytes, status: int
     read([junk], status=status, kind="application/json")
 
 
+def test_a_choice_below_zero_does_not_raise_where_it_stands_for_a_token() -> None:
+    end = chat(index=-1, finish="stop", content="")
+    reply = read([*VLLM[:2], message(chunk([end])), message(chunk(usage=usage(1, 2)))])
+    assert bytes(reply.choice or b"") == b"\x00\xff"
+
+
 def test_a_number_without_end_does_not_raise() -> None:
     endless = b'data: {"choices": [], "metrics": {"queue_time_ms": ' + b"9" * 6_000 + b"}}\n\n"
     reply = read([*VLLM[:4], endless])

@@ -161,7 +161,7 @@ class Events:
             tokens.inserted(self.t_ns, chosen, [c.t_ns for c in chosen]),
             array("q", ntok),
             tokens.inserted(self.cls, chosen, [schema.EMPTY] * len(chosen)),
-            tokens.inserted(self.choice, chosen, [min(c.choice, _CHOICE_MAX) for c in chosen]),
+            tokens.inserted(self.choice, chosen, [_choice(c.choice) for c in chosen]),
             tokens.without(self.aux_t_ns, chosen),
             tokens.without(self.aux_cls, chosen),
             ntok_source=tokens.source(method, ntok, total) if known else None,
@@ -169,6 +169,11 @@ class Events:
             output_tokens_source="usage" if total is not None else without_total if ntok else None,
             coalesced_reads=_shared(reads),
         )
+
+
+def _choice(choice: int) -> int:
+    """A choice's number as the column holds it, whatever a server called it."""
+    return choice if 0 <= choice <= _CHOICE_MAX else _CHOICE_MAX
 
 
 def _shared(reads: array[int]) -> int:

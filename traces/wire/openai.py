@@ -12,8 +12,7 @@ import msgspec
 
 from tokentape.traces import schema
 from tokentape.traces.wire import untrusted
-from tokentape.traces.wire.reply import Facts, StreamParser, WholeParser
-from tokentape.traces.wire.sse import SseReader
+from tokentape.traces.wire.reply import Facts, Framing, StreamParser, WholeParser
 
 _ABSENT = msgspec.Raw()
 _NULL_SIZE = 4  # a value of JSON that is longer than `null` is one to look at
@@ -79,8 +78,8 @@ def _read_chunk(data: bytes) -> _Chunk:
 class Stream(StreamParser):
     """A streamed reply of chat or completions."""
 
-    def __init__(self, http_status: int) -> None:
-        super().__init__(http_status, SseReader())
+    def __init__(self, http_status: int, framing: Framing) -> None:
+        super().__init__(http_status, framing)
         self._roles: set[int] = set()  # choices whose role has come
         self._usage = self._metrics = _ABSENT  # the last ones
 
@@ -114,10 +113,21 @@ class Stream(StreamParser):
         _usage(self.facts, _value(self._usage), _value(self._metrics))
 
     def _more(self) -> list[Any]:
-        return sorted(self._roles)
+        facts = self.facts
+        return [
+            sorted(self._roles),
+            untrusted.numbers_only(_value(self._usage)),
+            untrusted.numbers_only(_value(self._metrics)),
+            facts.usage_is_whole,
+            facts.error_type if facts.error else None,
+        ]
 
     def _resume(self, more: list[Any]) -> None:
-        self._roles = set(more)
+        facts = self.facts
+        roles, usage, metrics, facts.usage_is_whole, facts.error_type = more
+        self._roles, facts.error = set(roles), facts.error_type is not None
+        self._usage = _raw(usage) if usage else _ABSENT
+        self._metrics = _raw(metrics) if metrics else _ABSENT
 
     def _usage_so_far(self, usage: msgspec.Raw, with_choices: bool) -> int:
         """Keeps the usage, since the last one counts; its output tokens, -1 where not told."""
@@ -147,12 +157,12 @@ class Stream(StreamParser):
         index, reason, delta = choice.index, choice.finish_reason, choice.delta
         finish = self.facts.finish
         if reason is not None or index not in finish:
-            finish[index] = _reason(reason) if reason else finish.get(index)
+            finish[index] = untrusted.reason(reason) if reason else finish.get(index)
         ids = -1 if choice.token_ids is None else len(choice.token_ids)
         # The common message is decided before anything rarer is looked at.
         text = choice.text if delta is None else delta.content
         if text and type(text) is str and (delta is None or delta.tool_calls is None):
-            size = len(text) if text.isascii() else _size(text)
+            size = len(text) if text.isascii() else untrusted.size(text)
             self.events.event(schema.TEXT, size, index, ids, count)
             return
         role = False
@@ -179,7 +189,7 @@ class Stream(StreamParser):
 
     def _error(self, error: Any) -> None:
         self.facts.error = True
-        self.facts.error_type = _error_type(error)
+        self.facts.error_type = untrusted.error_type(error)
         self.events.aux(schema.ERROR)
 
 
@@ -215,12 +225,12 @@ class Whole(WholeParser):
         error = _value(reply.error)
         if error or reply.object == "error":
             facts.error = True
-            facts.error_type = _error_type(error or untrusted.decode_any(data))
+            facts.error_type = untrusted.error_type(error or untrusted.decode_any(data))
             return True
         _identity(facts, reply)
         _usage(facts, _value(reply.usage), _value(reply.metrics))
         for choice in reply.choices or ():
-            facts.finish[choice.index] = _reason(choice.finish_reason)
+            facts.finish[choice.index] = untrusted.reason(choice.finish_reason)
             if choice.token_ids is not None:
                 facts.output_ids = (facts.output_ids or 0) + len(choice.token_ids)
         return reply.choices is not None or self._http_status >= 400
@@ -236,21 +246,16 @@ def _identity(facts: Facts, reply: _Chunk | _WholeReply) -> None:
         facts.prompt_ids = None if ids is None else len(ids)
 
 
-def _size(text: str) -> int:
-    """Bytes of a text as UTF-8."""
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
 def _measure(delta: _Delta) -> tuple[int, int]:
     """Class and text bytes of all that a delta carries; an answer outranks reasoning."""
     text, thought = _content(delta.content)
-    text += _size(delta.refusal or "")
-    thought += _size(delta.reasoning_content or delta.reasoning or "")
+    text += untrusted.size(delta.refusal or "")
+    thought += untrusted.size(delta.reasoning_content or delta.reasoning or "")
     calls = [delta.function_call]
     for tool in delta.tool_calls or ():
         calls += (tool.function, tool.custom)
     tool_bytes = sum(
-        _size(part or "") for c in calls if c for part in (c.name, c.arguments, c.input)
+        untrusted.size(part or "") for c in calls if c for part in (c.name, c.arguments, c.input)
     )
     cls = schema.TEXT if text else schema.TOOL if tool_bytes else schema.REASONING
     return cls, text + thought + tool_bytes
@@ -261,23 +266,23 @@ def _content(content: str | list[Any] | None) -> tuple[int, int]:
     if not content:
         return 0, 0
     if isinstance(content, str):
-        return _size(content), 0
+        return untrusted.size(content), 0
     text = thought = 0
     for part in content:
         if isinstance(part, dict):
-            text += _size(part["text"]) if isinstance(part.get("text"), str) else 0
+            text += untrusted.size(part["text"]) if isinstance(part.get("text"), str) else 0
             thinking = part.get("thinking")
             thought += sum(_content(thinking)) if isinstance(thinking, str | list) else 0
     return text, thought
 
 
-def _reason(reason: Any) -> str | None:
-    return None if reason is None else untrusted.word(reason) or "other"
-
-
 def _value(raw: msgspec.Raw) -> Any:
     """What the raw JSON says; None where it is absent."""
     return untrusted.decode_any(bytes(raw)) if len(raw) else None
+
+
+def _raw(value: Any) -> msgspec.Raw:
+    return msgspec.Raw(json.dumps(value).encode())
 
 
 def _usage(facts: Facts, usage: Any, metrics: Any) -> None:
@@ -332,17 +337,6 @@ def _error_object(data: bytes) -> Any:
     return (value.get("error") or value) if isinstance(value, dict) else None
 
 
-def _error_type(error: Any) -> str:
-    """The class that the server gave the error: one word or a code, never its text."""
-    if isinstance(error, dict):
-        for value in (error.get("type"), error.get("code")):
-            if found := untrusted.word(value):
-                return found
-            if (code := untrusted.whole_number(value)) is not None:
-                return str(code)
-    return "error"
-
-
 def _loosely[T: msgspec.Struct](kind: type[T], value: Any) -> T:
     """A struct with those fields of an object that have the right type; the others stay unset."""
     if not isinstance(value, dict):
@@ -366,7 +360,7 @@ _OBJECTS: dict[Any, type[msgspec.Struct]] = {_Delta | None: _Delta, _Call | None
 
 def _field_loosely(kind: Any, value: Any) -> Any:
     if kind is msgspec.Raw:
-        return msgspec.Raw(json.dumps(value).encode())
+        return _raw(value)
     if kind in _LISTS and isinstance(value, list):
         return [_loosely(_LISTS[kind], item) for item in value if isinstance(item, dict)]
     if kind in _OBJECTS and isinstance(value, dict):

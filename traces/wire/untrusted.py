@@ -8,7 +8,7 @@ decoded value, and none lets free text through.
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -81,6 +81,47 @@ def numbers_only(value: Any, depth: int = 3) -> dict[str, Any]:
         ):
             kept[key] = item
     return kept
+
+
+def at(value: Any, *path: str) -> Any:
+    """What lies under these keys, one in the other; None where there is no such object."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list; none of anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def size(text: Any) -> int:
+    """Bytes of a text as UTF-8; 0 of anything else."""
+    if not isinstance(text, str):
+        return 0
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def reason(value: Any) -> str | None:
+    """Why a choice ended: the server's word, `other` for what is no word; None: not told."""
+    return None if value is None else word(value) or "other"
+
+
+def error_type(error: Any) -> str:
+    """The class that the server gave an error: one word or a code, never its text."""
+    if isinstance(error, dict):
+        for key in ("type", "code", "status", "error_type"):
+            if found := word(error.get(key)):
+                return found
+            if (code := whole_number(error.get(key))) is not None:
+                return str(code)
+    return "error"
+
+
+def counts(usage: Any, places: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
+    """The token counts of a usage object that are told: by column, each from its place."""
+    found = {name: whole_number(at(usage, *place)) for name, place in places.items()}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def json_text(value: Any) -> str:

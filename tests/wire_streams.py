@@ -1,0 +1,177 @@
+"""One stream of every dialect, as its server sends it, for the tests that hold for all of them."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from tokentape.traces import schema, wire
+from tokentape.traces.wire.reply import Reply
+
+SSE, JSON = "text/event-stream", "application/json"
+
+
+class Sample(NamedTuple):
+    """`parts` are the messages of a complete stream; `events` are the classes of its events."""
+
+    wire_format: str
+    parts: list[bytes]
+    events: list[int]
+    kind: str = SSE
+
+
+def sse(value: Any, event: str = "") -> bytes:
+    data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return (f"event: {event}\n" if event else "").encode() + f"data: {data}\n\n".encode()
+
+
+def typed(*values: dict[str, Any]) -> list[bytes]:
+    """Messages that are named by their `type`."""
+    return [sse(value, value["type"]) for value in values]
+
+
+def read(
+    wire_format: str,
+    parts: list[bytes],
+    *,
+    complete: bool = True,
+    status: int = 200,
+    kind: str = SSE,
+    encoding: str = "",
+    stream: bool = True,
+    same_read: bool = False,
+) -> Reply:
+    """Part i comes with read i at the time 1000 + i, and the last one before 9000."""
+    parser = wire.reply_parser(wire_format, stream, status, kind, encoding)
+    for i, part in enumerate(parts):
+        parser.feed(part, 1000 if same_read else 1000 + i, 0 if same_read else i)
+    reply = parser.finish(9000, complete)
+    fits_the_schema(reply)
+    return reply
+
+
+def fits_the_schema(reply: Reply) -> None:
+    for name, value in reply.columns.items():
+        assert value is not None, name
+        pa.array([value], schema.BY_NAME[name].type)
+    for name, values in {"ntok": reply.ntok, "cls": reply.cls, "choice": reply.choice}.items():
+        pa.array([None if values is None else list(values)], schema.BY_NAME[name].type)
+    assert len(reply.t_ns) == len(reply.ntok) == len(reply.cls)
+    assert reply.choice is None or len(reply.choice) == len(reply.cls)
+    assert len(reply.aux_t_ns) == len(reply.aux_cls)
+    if reply.columns.get("ntok_source") in ("token_ids", "usage_cumulative", "usage_spread"):
+        assert sum(reply.ntok) == reply.columns["output_tokens"]
+
+
+def untimed(reply: Reply) -> dict[str, Any]:
+    """All that does not depend on time."""
+    return {
+        "columns": reply.columns,
+        "events": (list(reply.ntok), bytes(reply.cls), reply.choice and bytes(reply.choice)),
+        "aux": bytes(reply.aux_cls),
+        "end": (reply.stream_error, reply.done),
+    }
+
+
+@contextlib.contextmanager
+def served(content: bytes, kind: str = SSE) -> Iterator[str]:
+    """The URL of a loopback server that answers whatever is posted with `content`."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            self.send_response(200)
+            self.send_header("content-type", kind)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _openai(delta: dict[str, Any], finish: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    return sse({"id": "c-1", "model": "m", "choices": [choice]})
+
+
+OPENAI = Sample(
+    "openai.chat",
+    [
+        _openai({"role": "assistant", "content": ""}),
+        _openai({"reasoning_content": "hm"}),
+        _openai({"content": " 你好😀"}),
+        _openai({"content": " c"}, "length"),
+        sse({"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": 5}}),
+        sse("[DONE]"),
+    ],
+    [schema.REASONING, schema.TEXT, schema.TEXT],
+)
+
+
+def _block(index: int, **block: Any) -> dict[str, Any]:
+    return {"type": "content_block_start", "index": index, "content_block": block}
+
+
+def _delta(index: int, **delta: Any) -> dict[str, Any]:
+    return {"type": "content_block_delta", "index": index, "delta": delta}
+
+
+ANTHROPIC = Sample(
+    "anthropic",
+    typed(
+        {
+            "type": "message_start",
+            "message": {
+                "id": "msg_1",
+                "type": "message",
+                "role": "assistant",
+                "model": "claude-x",
+                "content": [],
+                "stop_reason": None,
+                "stop_sequence": None,
+                "usage": {
+                    "input_tokens": 10,
+                    "cache_read_input_tokens": 100,
+                    "cache_creation_input_tokens": 20,
+                    "output_tokens": 1,
+                },
+            },
+        },
+        _block(0, type="thinking", thinking="", signature=""),
+        _delta(0, type="thinking_delta", thinking="let me see"),
+        _delta(0, type="signature_delta", signature="EqoBCkgIARAB"),
+        {"type": "content_block_stop", "index": 0},
+        {"type": "ping"},
+        _block(1, type="text", text=""),
+        _delta(1, type="text_delta", text="Grüße 😀"),
+        _delta(1, type="text_delta", text=" and more"),
+        {"type": "content_block_stop", "index": 1},
+        _block(2, type="tool_use", id="toolu_1", name="get_weather", input={}),
+        _delta(2, type="input_json_delta", partial_json=""),
+        _delta(2, type="input_json_delta", partial_json='{"city": "Zürich"}'),
+        {"type": "content_block_stop", "index": 2},
+        {
+            "type": "message_delta",
+            "delta": {"stop_reason": "tool_use", "stop_sequence": None},
+            "usage": {"output_tokens": 30, "output_tokens_details": {"thinking_tokens": 12}},
+        },
+        {"type": "message_stop"},
+    ),
+    [schema.REASONING, schema.TEXT, schema.TEXT, schema.TOOL, schema.TOOL],
+)
+
+SAMPLES = {"openai": OPENAI, "anthropic": ANTHROPIC}

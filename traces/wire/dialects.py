@@ -1,0 +1,52 @@
+"""Which dialect is spoken where, and what reads it: the only list of wire formats."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+from tokentape.traces.wire import anthropic, anthropic_request, openai, openai_request
+from tokentape.traces.wire.reply import Framing, StreamParser, WholeParser
+from tokentape.traces.wire.request import RequestFacts
+from tokentape.traces.wire.sse import SseReader
+
+UNKNOWN: Final = "unknown"
+_SSE: Final[Mapping[str, Callable[[], Framing]]] = {"text/event-stream": SseReader}
+
+
+class Dialect(NamedTuple):
+    """What reads a wire format. `framings`: by content type of a stream, the usual one first."""
+
+    read_request: Callable[[bytes | bytearray], RequestFacts]
+    stream: Callable[[int, Framing], StreamParser]
+    whole: Callable[[int], WholeParser]
+    framings: Mapping[str, Callable[[], Framing]] = _SSE
+
+
+class Route(NamedTuple):
+    """A path that tells the dialect."""
+
+    path_end: str
+    dialect: str
+    operation: str
+
+    def told(self, endpoint: str) -> dict[str, Any]:
+        """Columns that the path tells, whatever the body says."""
+        return {}
+
+
+DIALECTS: Final = {
+    "openai.chat": Dialect(openai_request.read_chat, openai.Stream, openai.Whole),
+    "openai.completions": Dialect(openai_request.read_completions, openai.Stream, openai.Whole),
+    "anthropic": Dialect(anthropic_request.read_messages, anthropic.Stream, anthropic.Whole),
+}
+# The first whose end fits is taken.
+_ROUTES: Final = (
+    Route("/chat/completions", "openai.chat", "chat"),
+    Route("/completions", "openai.completions", "text_completion"),
+    Route("/v1/messages", "anthropic", "chat"),
+)
+
+
+def route_of(endpoint: str) -> Route | None:
+    """The route of a request path, which may have a query."""
+    path = endpoint.partition("?")[0].rstrip("/")
+    return next((route for route in _ROUTES if path.endswith(route.path_end)), None)
