@@ -243,3 +243,15 @@ def test_a_capture_that_is_cut_off_or_holds_no_request_makes_no_tape(tmp_path: P
     with pytest.raises(UsageError, match="give one file, not 2"):
         import_trace("pcap", [path, path], tmp_path / "t.tape")
     assert not (tmp_path / "t.tape").exists()
+
+
+def test_a_tape_is_replaced_only_when_told_and_its_key_stays(tmp_path: Path) -> None:
+    wire = Wire().open()
+    stream(wire, 1)
+    first, rows = imported(tmp_path, wire)
+    with pytest.raises(TapeError, match="exists; --force replaces it"):
+        import_trace("pcap", [tmp_path / "traffic.pcap"], first.path)
+    again, rows_again = imported(tmp_path, wire)
+    assert rows[0]["block_hashes"] == rows_again[0]["block_hashes"]
+    assert again.facts["key_id"] == first.facts["key_id"]
+    assert first.facts["tape_id"] != again.facts["tape_id"]
