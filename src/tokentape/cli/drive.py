@@ -13,10 +13,12 @@ from tokentape.cli.record import Facts, Force, Json, command_line
 from tokentape.traces.errors import GateNotMet, UsageError
 
 if TYPE_CHECKING:
+    from tokentape.replay.calibrate import Floor
     from tokentape.replay.run import Plan, Progress, RunSummary
 
 LEVELS = ("valid", "suspect", "invalid")
 INTERRUPTED = 130
+CALIBRATE_FROM_NS = 60_000_000_000  # of a plan: a calibration takes up to 20 s
 
 
 def replay(
@@ -71,6 +73,13 @@ def replay(
         Literal["suspect", "invalid"] | None,
         typer.Option(help="Exit 3 when the verdict is that or worse."),
     ] = None,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="First measure the client on a null server; by itself from a minute's plan on.",
+        ),
+    ] = None,
     fact: Facts = None,
     force: Force = False,
     json: Json = False,
@@ -110,7 +119,9 @@ def replay(
         else:
             print_lines([made.text()])
         return
-    _run(made, fail_on, json=json)
+    long_enough = made.schedule.span_ns >= CALIBRATE_FROM_NS
+    floor = _floor(made) if calibrate or (calibrate is None and long_enough) else None
+    _run(made, fail_on, floor, json=json)
 
 
 def _some_time(option: str, text: str) -> int:
@@ -121,7 +132,15 @@ def _some_time(option: str, text: str) -> int:
     return duration_ns
 
 
-def _run(plan: "Plan", fail_on: str | None, *, json: bool) -> None:
+def _floor(plan: "Plan") -> "Floor":
+    from tokentape.replay.calibrate import SPAN_NS, calibrate
+
+    say(f"calibration: up to {2 * SPAN_NS / 1e9:.0f} s against the built-in null server")
+    return calibrate(plan)
+
+
+def _run(plan: "Plan", fail_on: str | None, floor: "Floor | None", *, json: bool) -> None:
+    from tokentape.replay.calibrate import keep_floor
     from tokentape.replay.run import run_plan
 
     if json:
@@ -134,12 +153,15 @@ def _run(plan: "Plan", fail_on: str | None, *, json: bool) -> None:
             tell(now.done, f"{now.in_flight} in flight, {now.late} late")
 
         done = run_plan(plan, watch)
+    if floor is not None:
+        keep_floor(done.tape, floor)
     if json:
-        print_json({"plan": plan.json(), **_told(done)})
+        measured = floor.as_dict() if floor else None
+        print_json({"plan": plan.json(), **_told(done), "noise_floor": measured})
     else:
-        print_lines(
-            [done.verdict.text(), f"run: {done.rows} rows, {done.events} events, {done.tape}"]
-        )
+        beside = floor.text() if floor else "noise floor: not measured (--calibrate)"
+        last = f"run: {done.rows} rows, {done.events} events, {done.tape}"
+        print_lines([done.verdict.text(), beside, last])
     level = done.verdict.level
     if fail_on is not None and LEVELS.index(level) >= LEVELS.index(fail_on):
         raise GateNotMet(f"--fail-on {fail_on}: the verdict is {level}")

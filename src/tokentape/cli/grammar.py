@@ -1,7 +1,7 @@
 """The grammar: `tokentape VERB [TAPE...] [--option value-with-unit]`.
 
-Verbs are plain functions in record.py, drive.py and read.py; this file hands them to typer with
-their examples and runs the one that was asked for. It must never import a room.
+Verbs are plain functions in record.py, drive.py, calibrate.py and read.py; this file hands them to
+typer with their examples and runs the one that was asked for. It must never import a room.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import tokentape
-from tokentape.cli import drive, read, record
+from tokentape.cli import calibrate, drive, read, record
 
 # Every verb with the example that ends its help; tests run each of them.
 VERBS: list[tuple[str, Callable[..., Any], str]] = [
@@ -27,6 +27,7 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
         drive.replay,
         "tokentape replay prod.tape --to http://127.0.0.1:8000 --tape run.tape --speed 2x",
     ),
+    ("calibrate", calibrate.calibrate, "tokentape calibrate prod.tape --duration 2s"),
     ("engine", drive.engine, "tokentape engine --listen 127.0.0.1:8000"),
     ("import", record.import_, "tokentape import azure trace.csv --tape azure.tape"),
     (
