@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ except ImportError:  # it is for Linux only
 
 from tokentape.replay.health import cores
 from tokentape.replay.plan import Plan, ReplayOptions, make_plan
+from tokentape.replay.progress import Progress
 from tokentape.replay.self_check import self_check
-from tokentape.replay.sender import Progress, Sender, Sent
+from tokentape.replay.sender import Sender, Sent
 from tokentape.replay.transport import NO_REPLY, allow_files, open_client
 from tokentape.replay.verdict import Verdict, judge_run
 from tokentape.traces import facts as tape_facts
@@ -121,7 +122,7 @@ async def _send(
             plan.outgoing,
             warm=max(1, warm),
             timeout_ns=plan.options.timeout_ns,
-            progress=progress,
+            progress=_with_served(progress, recorder) if progress else None,
         )
         with _stopped_by_signals(sender.stop):
             try:
@@ -131,6 +132,13 @@ async def _send(
                     f"{plan.target.address.base}: takes no connection any more "
                     f"({type(error).__name__})"
                 ) from None
+
+
+def _with_served(
+    tell: Callable[[Progress], None], recorder: Recorder
+) -> Callable[[Progress], None]:
+    """Tell also what the writer process has read of the replies so far."""
+    return lambda state: tell(replace(state, served=recorder.served))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import numpy as np
 from yarl import URL
 
 from tokentape.replay.health import Health, Watch
+from tokentape.replay.progress import Progress
 from tokentape.replay.timer import AbsoluteTimer, precise_wakeups
 from tokentape.replay.transport import Body, Client, Exchange, Reply
 
@@ -66,19 +67,6 @@ class Outgoing:
     headers: dict[str, str]
     body: bytes
     row: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How a run stands."""
-
-    elapsed_s: float
-    total: int
-    sent: int
-    done: int
-    in_flight: int
-    late: int
-    worst_late_ms: float
 
 
 @dataclass
@@ -448,6 +436,7 @@ class Sender:
             in_flight=self._in_flight(),
             late=self._late,
             worst_late_ms=self._worst_ns / 1e6,
+            span_s=self._due_ns[-1] / NS_PER_S if self._due_ns else 0.0,
         )
 
 

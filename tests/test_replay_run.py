@@ -24,6 +24,7 @@ from replay_server import (
     serve,
     streamed,
 )
+from tokentape.cli.drive import standing
 from tokentape.replay.run import Progress, ReplayOptions, RunSummary, make_plan, run_plan
 from tokentape.traces.errors import TokentapeError, UsageError
 from tokentape.traces.reader import Tape, open_tape
@@ -275,3 +276,20 @@ def test_session_and_block_columns_are_carried_over(tmp_path: Path) -> None:
     prompts = [s.json["prompt"] for s in server.generations]
     assert prompts[0][:16] == prompts[1][:16] == prompts[2][:16]
     assert prompts[0][16:20] != prompts[1][16:20]
+
+
+def test_a_run_tells_what_is_left_and_the_mean_times_of_replies_so_far(tmp_path: Path) -> None:
+    path = source(tmp_path / "s.tape", [{"arrival_ns": n * 700 * MS} for n in range(6)])
+    states: list[Progress] = []
+    with serve(lambda seen: streamed(seen, gap_s=0.02) if seen.body else engine_like(seen)) as it:
+        plan = make_plan(ReplayOptions(source=path, to=it.url, tape=tmp_path / "run.tape"))
+        run_plan(plan, states.append)
+    assert states[0].left_s == pytest.approx(3.5 - states[0].elapsed_s)
+    assert states[-1].left_s <= states[0].left_s
+    told = [s for s in states if s.mean_s("time_to_first_token") is not None]
+    assert told
+    per_token_s = told[-1].mean_s("time_per_output_token")
+    assert per_token_s is not None and 0.02 <= per_token_s < 0.5
+    line = standing(told[-1])
+    assert "in flight, mean TTFT" in line and "mean TPOT" in line and "worst" in line
+    assert "s to send" in standing(states[0])

@@ -14,7 +14,8 @@ from yarl import URL
 
 from replay_server import HEAD, LAST, Script, Seen, Server, Step, chunk, plain, serve
 from tokentape.replay import sender
-from tokentape.replay.sender import Ahead, Outgoing, Progress, Sender, Sent, late_cause
+from tokentape.replay.progress import Progress
+from tokentape.replay.sender import Ahead, Outgoing, Sender, Sent, late_cause
 from tokentape.replay.transport import Exchange, open_client
 from tokentape.traces.blocks import NO_STAMP
 

@@ -150,7 +150,7 @@ def _run(plan: "Plan", fail_on: str | None, floor: "Floor | None", *, json: bool
     with counting("requests", len(plan)) as tell:
 
         def watch(now: "Progress") -> None:
-            tell(now.done, f"{now.in_flight} in flight, {now.late} late")
+            tell(now.done, standing(now))
 
         done = run_plan(plan, watch)
     if floor is not None:
@@ -167,6 +167,17 @@ def _run(plan: "Plan", fail_on: str | None, floor: "Floor | None", *, json: bool
         raise GateNotMet(f"--fail-on {fail_on}: the verdict is {level}")
     if done.stopped:
         raise typer.Exit(INTERRUPTED)
+
+
+def standing(now: "Progress") -> str:
+    """How a run stands, on one line: plan, load, replies so far, own punctuality."""
+    words = [f"{now.left_s:.0f} s to send" if now.left_s else "all sent"]
+    words.append(f"{now.in_flight} in flight")
+    for name, what in (("TTFT", "time_to_first_token"), ("TPOT", "time_per_output_token")):
+        if (mean_s := now.mean_s(what)) is not None:
+            words.append(f"mean {name} {1000 * mean_s:.1f} ms")
+    words.append(f"{now.late} late by over 1 ms, worst {now.worst_late_ms:.1f} ms")
+    return ", ".join(words)
 
 
 def _told(done: "RunSummary") -> dict[str, object]:
