@@ -21,9 +21,13 @@ _HEAD, _CHUNKS = "tokentape_head", "tokentape_chunks"  # what is kept on mitmpro
 
 
 class _Now:
-    """Whose head is being read right now, and whether the patches are in place."""
+    """Whose head was cut out of its buffer last, and whether the patches are in place.
+
+    mitmproxy parses it, announces it and chooses its body reader before any other head is read.
+    """
 
     reading: Any = None
+    head = b""
     installed = False
     was_reset: Callable[[str], bool] = staticmethod(lambda _connection: False)
 
@@ -75,6 +79,7 @@ def apply(was_reset: Callable[[str], bool]) -> list[str]:
             (private.Http1Server, ("send", "wait", "read_headers", "mark_done")),
             (private.Http1Client, ("read_headers",)),
             (private.http1, ("assemble_request_head", "assemble_response_head")),
+            (private.http1, ("read_request_head", "read_response_head")),
             (private, ("make_body_reader", "ResponseData", "ResponseEndOfMessage")),
             (private, ("ReceiveHttp", "RequestProtocolError", "ErrorCode")),
         ]
@@ -98,9 +103,11 @@ def _keep_heads(private: Any, receive_buffer: Any) -> None:
     """Keep each head's bytes on its message, and send them while the message is what was parsed."""
 
     class HeadBuffer(receive_buffer):  # type: ignore[misc]
-        """Remembers the last head's bytes."""
+        """Tells of each head's bytes, and whose they are."""
 
-        head = b""
+        def __init__(self, owner: Any) -> None:
+            super().__init__()
+            self._owner = owner
 
         def skip_blank_lines(self) -> None:
             """What some clients send after a body; stock would take the head for incomplete."""
@@ -111,7 +118,7 @@ def _keep_heads(private: Any, receive_buffer: Any) -> None:
             held = bytes(self)
             lines = super().maybe_extract_lines()
             if lines:
-                self.head = held[: len(held) - len(self)]
+                _Now.reading, _Now.head = self._owner, held[: len(held) - len(self)]
             return lines
 
         def _blank(self) -> bool:
@@ -122,7 +129,7 @@ def _keep_heads(private: Any, receive_buffer: Any) -> None:
 
     def init(self: Any, *args: Any) -> None:
         original(self, *args)
-        self.buf = HeadBuffer()
+        self.buf = HeadBuffer(self)
 
     private.Http1Connection.__init__ = init
     private.http1 = _Heads(private.http1)
@@ -137,6 +144,14 @@ class _Heads:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
+    def read_request_head(self, lines: list[bytes]) -> Any:
+        """A request that knows its bytes; ValueError when it is none."""
+        return _with_head(self._module.read_request_head(lines))
+
+    def read_response_head(self, lines: list[bytes]) -> Any:
+        """A response that knows its bytes; ValueError when it is none."""
+        return _with_head(self._module.read_response_head(lines))
+
     def assemble_request_head(self, request: http.Request) -> bytes:
         """The head as it came, or mitmproxy's own of a request that was altered."""
         return _kept_head(request) or bytes(self._module.assemble_request_head(request))
@@ -144,6 +159,11 @@ class _Heads:
     def assemble_response_head(self, response: http.Response) -> bytes:
         """The head as it came, or mitmproxy's own of a response that was altered."""
         return _kept_head(response) or bytes(self._module.assemble_response_head(response))
+
+
+def _with_head(message: Any) -> Any:
+    setattr(message, _HEAD, (_Now.head, message.headers.fields))
+    return message
 
 
 def _kept_head(message: Any) -> bytes | None:
@@ -154,9 +174,9 @@ def _kept_head(message: Any) -> bytes | None:
 
 
 def _read_raw(private: Any) -> None:
-    """Watch heads being read: keep their bytes, and read chunked replies with their framing."""
+    """Read chunked replies with their framing."""
     for connection_class in (private.Http1Server, private.Http1Client):
-        _watch_heads(connection_class, private.ReceiveHttp)
+        _skip_blank_lines(connection_class)
     make = private.make_body_reader
 
     def make_body_reader(expected_size: int | None) -> Any:
@@ -175,6 +195,16 @@ def _read_raw(private: Any) -> None:
     private.make_body_reader = make_body_reader
 
 
+def _skip_blank_lines(connection_class: Any) -> None:
+    original: Callable[..., Any] = connection_class.read_headers
+
+    def read_headers(self: Any, event: Any) -> Any:
+        self.buf.skip_blank_lines()
+        return original(self, event)
+
+    connection_class.read_headers = read_headers
+
+
 def _refuse_reset(reader: Any, connection_id: str) -> None:
     read_eof = reader.read_eof
 
@@ -184,30 +214,6 @@ def _refuse_reset(reader: Any, connection_id: str) -> None:
         return read_eof()
 
     reader.read_eof = read_whole_eof
-
-
-def _watch_heads(connection_class: Any, receive_http: Any) -> None:
-    original: Callable[..., Any] = connection_class.read_headers
-
-    def read_headers(self: Any, event: Any) -> Any:
-        self.buf.skip_blank_lines()
-        steps = original(self, event)
-        answer = None
-        while True:
-            _Now.reading = self
-            try:
-                command = steps.send(answer)
-            except StopIteration as stop:
-                return stop.value
-            if isinstance(command, receive_http):
-                message = getattr(command.event, "response", None) or getattr(
-                    command.event, "request", None
-                )
-                if message is not None:
-                    setattr(message, _HEAD, (self.buf.head, message.headers.fields))
-            answer = yield command
-
-    connection_class.read_headers = read_headers
 
 
 def _write_raw(private: Any) -> None:

@@ -22,7 +22,7 @@ from mitmproxy.addons import core, disable_h2c, errorcheck, next_layer, proxyser
 from mitmproxy.proxy import layers, mode_servers, mode_specs
 from mitmproxy.proxy import server as mitmproxy_server
 
-from tokentape.proxy import exact, http2, steps, traps
+from tokentape.proxy import exact, http2, quick, steps, traps
 from tokentape.proxy.addon import Capture
 from tokentape.proxy.options import BACKLOG, CaptureOptions
 from tokentape.proxy.relay import missing_parts
@@ -130,7 +130,7 @@ async def serve(
         say(f"this mitmproxy lacks {name}: heads or chunks may be written anew, and more slowly")
     vars(mitmproxy_server)["asyncio"] = StampedAsyncio()
     m = build(wanted, upstream, bound, capture)
-    if not steps.apply(m):
+    if not (quick.apply() and steps.apply(m)):
         say("this mitmproxy is not one that was tested: requests take its own, slower steps")
     running = asyncio.ensure_future(m.run())
     proxy = m.addons.get("proxyserver")

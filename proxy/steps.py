@@ -37,16 +37,23 @@ def apply(master: Master) -> bool:
         async with self._server_event_lock:  # no await beyond this point
             self.timeout_watchdog.register_activity()
             queue = collections.deque([event])
+            unsent = _Unsent(self.transports)
             try:
                 while queue:
                     for command in self.layer.handle_event(queue.popleft()):
+                        if isinstance(command, commands.SendData):
+                            unsent.add(command.connection, command.data)
+                            continue
+                        unsent.send()  # traffic first
                         if isinstance(command, commands.StartHook):
                             _call(functions(command.name), command)
                             if command.blocking:
                                 queue.append(events.HookCompleted(command))
-                        else:
+                        elif not isinstance(command, commands.Log) or command.level > logging.INFO:
                             _carry_out(self, command)
+                unsent.send()
             except Exception:  # noqa: BLE001 - as stock: this connection's trouble, and nobody else's
+                unsent.send()
                 self.log("mitmproxy has crashed!", logging.ERROR, exc_info=True)
 
     server_event.stock = original  # type: ignore[attr-defined]
@@ -62,6 +69,37 @@ def _replace_rest(handler: Any, functions: Callable[[str], Any]) -> None:
     for kind in (http.MessageData, http.RequestData, http.ResponseData):
         if "__post_init__" in dir(kind):  # checks the type of each field of each message
             kind.__post_init__ = lambda _self: None  # type: ignore[method-assign]
+
+
+class _Unsent:
+    """Pieces for one connection that follow each other directly: a head and its body are one write.
+
+    Each write is a system call, and wakes whoever reads.
+    """
+
+    __slots__ = ("_connection", "_pieces", "_transports")
+
+    def __init__(self, transports: Any) -> None:
+        self._transports = transports
+        self._connection: Any = None
+        self._pieces: list[bytes] = []
+
+    def add(self, connection: Any, data: bytes) -> None:
+        """Send it with what comes next; first what is for another connection."""
+        if connection is not self._connection:
+            self.send()
+            self._connection = connection
+        self._pieces.append(data)
+
+    def send(self) -> None:
+        """Write what there is."""
+        pieces = self._pieces
+        if not pieces:
+            return
+        io = self._transports.get(self._connection)
+        if io is not None and io.writer is not None and not io.writer.is_closing():
+            io.writer.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        pieces.clear()
 
 
 def _lookup(master: Master) -> Callable[[str], tuple[Callable[[Any], Any], ...]]:
@@ -95,12 +133,8 @@ def _handle_hook(functions: Callable[[str], tuple[Callable[[Any], Any], ...]]) -
 
 
 def _carry_out(self: Any, command: commands.Command) -> None:
-    """One command of a layer, as ConnectionHandler.server_event carries it out."""
-    if isinstance(command, commands.SendData):
-        io = self.transports.get(command.connection)
-        if io is not None and io.writer is not None and not io.writer.is_closing():
-            io.writer.write(command.data)
-    elif isinstance(command, commands.OpenConnection):
+    """One command of a layer, but SendData, as ConnectionHandler.server_event carries it out."""
+    if isinstance(command, commands.OpenConnection):
         handler = asyncio_utils.create_task(
             self.open_connection(command),
             name=f"server connection handler {command.connection.address}",

@@ -116,13 +116,13 @@ def _drop_interim() -> None:
     private: Any = importlib.import_module(_HTTP1)
     original = private.Http1Client.read_headers
 
-    def read_headers(self: Any, event: Any) -> Iterator[Any]:
+    def read_headers(self: Any, event: Any) -> Any:
         if isinstance(event, events.DataReceived) and self.request:
             while _begins_with_interim(bytes(self.buf)[:13]):
                 if not self.buf.maybe_extract_lines():
-                    return  # the interim head is not complete yet
+                    return ()  # the interim head is not complete yet
                 _Patches.note(self.conn.id, "interim")
-        yield from original(self, event)
+        return original(self, event)
 
     private.Http1Client.read_headers = read_headers
 
