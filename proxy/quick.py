@@ -103,7 +103,8 @@ def _fields_of(kind: Any) -> tuple[str, ...]:
 
 def _args(self: Any) -> list[Any]:
     """As Hook.args; the fields of each kind are looked up once."""
-    return [getattr(self, name) for name in _fields_of(type(self))]
+    kind: Any = type(self)
+    return [getattr(self, name) for name in _fields_of(kind)]
 
 
 def _handle_event(self: layer.Layer, event: Any) -> Any:
