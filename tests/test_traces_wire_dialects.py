@@ -118,7 +118,7 @@ def going_on_at(sample: Sample, at: int) -> Any:
     second.resume(first.progress, [list(a) for a in arrays], first.body_bytes)
     second.facts.model, second.facts.response_id = first.facts.model, first.facts.response_id
     for i, part in enumerate(sample.parts[at:], at):
-        second.feed(part, 1000 + i, i)
+        second.feed(part, 1000 + i, second.events.read + 1)
     return second.finish(9000, True)
 
 

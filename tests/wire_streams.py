@@ -174,4 +174,95 @@ ANTHROPIC = Sample(
     [schema.REASONING, schema.TEXT, schema.TEXT, schema.TOOL, schema.TOOL],
 )
 
-SAMPLES = {"openai": OPENAI, "anthropic": ANTHROPIC}
+RESPONSE: dict[str, Any] = {
+    "id": "resp_1",
+    "object": "response",
+    "created_at": 1.0,
+    "model": "gpt-x",
+    "status": "in_progress",
+    "error": None,
+    "incomplete_details": None,
+    "output": [],
+    "parallel_tool_calls": True,
+    "tool_choice": "auto",
+    "tools": [],
+    "usage": None,
+}
+RESPONSE_USAGE = {
+    "input_tokens": 50,
+    "input_tokens_details": {"cached_tokens": 32, "cache_write_tokens": 0},
+    "output_tokens": 12,
+    "output_tokens_details": {"reasoning_tokens": 4},
+    "total_tokens": 62,
+}
+
+
+def numbered(*values: dict[str, Any]) -> list[bytes]:
+    return typed(*({**value, "sequence_number": n} for n, value in enumerate(values)))
+
+
+def _item(kind: str, **more: Any) -> dict[str, Any]:
+    return {"type": f"response.{kind}", "item_id": "i", "output_index": 0, **more}
+
+
+_TEXT = {"content_index": 0, "logprobs": []}
+_MESSAGE = {
+    "id": "i",
+    "type": "message",
+    "role": "assistant",
+    "status": "in_progress",
+    "content": [],
+}
+_CALL = {"id": "f", "type": "function_call", "call_id": "c", "name": "get", "arguments": ""}
+RESPONSES = Sample(
+    "openai.responses",
+    numbered(
+        {"type": "response.created", "response": RESPONSE},
+        {"type": "response.in_progress", "response": RESPONSE},
+        _item("reasoning_text.delta", delta="let me see", content_index=0),
+        _item("output_item.added", item=_MESSAGE),
+        _item("output_text.delta", delta="Grüße 😀", **_TEXT),
+        _item("output_text.delta", delta=" more", **_TEXT),
+        _item("output_text.done", text="Grüße 😀 more", **_TEXT),
+        _item("output_item.added", item=_CALL),
+        _item("function_call_arguments.delta", delta='{"city": "Zürich"}'),
+        {
+            "type": "response.completed",
+            "response": {**RESPONSE, "status": "completed", "usage": RESPONSE_USAGE},
+        },
+    ),
+    [schema.REASONING, schema.TEXT, schema.TEXT, schema.TOOL, schema.TOOL],
+)
+
+
+def sglang(text: str, count: int, finish: Any = None, **more: Any) -> bytes:
+    meta = {
+        "id": "s-1",
+        "finish_reason": finish,
+        "prompt_tokens": 9,
+        "completion_tokens": count,
+        "cached_tokens": 4,
+        "queue_time": 0.25,
+    }
+    return sse({"text": text, "output_ids": [1], "meta_info": meta, **more})
+
+
+SGLANG = Sample(
+    "sglang",
+    [
+        sglang("Grüße 😀", 2),
+        sglang("Grüße 😀 a", 3),
+        sglang("Grüße 😀 a", 4),  # a token that leaves no text
+        sglang("Grüße 😀 a bc", 7),
+        sglang("Grüße 😀 a bc", 7, {"type": "length", "length": 7}),
+        sse("[DONE]"),
+    ],
+    [schema.TEXT, schema.TEXT, schema.EMPTY, schema.TEXT],
+)
+
+SAMPLES = {
+    "openai": OPENAI,
+    "responses": RESPONSES,
+    "anthropic": ANTHROPIC,
+    "sglang": SGLANG,
+}

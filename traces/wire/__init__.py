@@ -37,7 +37,7 @@ def read_request(endpoint: str, body: bytes | bytearray) -> RequestFacts:
         facts = DIALECTS[route.dialect].read_request(body)
     except Exception:  # noqa: BLE001 - any body may come; the request is recorded all the same
         return RequestFacts(known | {"parse_status": "error"})
-    facts.columns |= known
+    facts.columns = known | facts.columns  # a body may tell that the path misled
     return facts
 
 

@@ -3,7 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-from tokentape.traces.wire import anthropic, anthropic_request, openai, openai_request
+from tokentape.traces.wire import (
+    anthropic,
+    anthropic_request,
+    openai,
+    openai_request,
+    responses,
+    responses_request,
+    sglang,
+)
 from tokentape.traces.wire.reply import Framing, StreamParser, WholeParser
 from tokentape.traces.wire.request import RequestFacts
 from tokentape.traces.wire.sse import SseReader
@@ -36,12 +44,18 @@ class Route(NamedTuple):
 DIALECTS: Final = {
     "openai.chat": Dialect(openai_request.read_chat, openai.Stream, openai.Whole),
     "openai.completions": Dialect(openai_request.read_completions, openai.Stream, openai.Whole),
+    "openai.responses": Dialect(
+        responses_request.read_responses, responses.Stream, responses.Whole
+    ),
+    "sglang": Dialect(sglang.read_generate, sglang.Stream, sglang.Whole),
     "anthropic": Dialect(anthropic_request.read_messages, anthropic.Stream, anthropic.Whole),
 }
 # The first whose end fits is taken.
 _ROUTES: Final = (
     Route("/chat/completions", "openai.chat", "chat"),
     Route("/completions", "openai.completions", "text_completion"),
+    Route("/responses", "openai.responses", "chat"),
+    Route("/generate", "sglang", "text_completion"),
     Route("/v1/messages", "anthropic", "chat"),
 )
 

@@ -56,9 +56,10 @@ class Body:
 
     def lift(self, key: str) -> None:
         """Read the keys of the object under this key as if they stood beside it."""
-        raw = self.raw.pop(key, None)
-        if raw is not None and not is_null(raw):
-            self.raw = Body(bytes(raw)).raw | self.raw
+        inner = bytes(self.raw.get(key, b""))
+        if inner.lstrip().startswith(b"{"):
+            del self.raw[key]
+            self.raw = Body(inner).raw | self.raw
 
 
 def columns_of(body: Body, reading: Reading) -> dict[str, Any]:

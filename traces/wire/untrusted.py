@@ -52,7 +52,9 @@ def truth(value: Any) -> bool | None:
 
 def label(value: Any) -> str | None:
     """A name such as a model or a response id, cut to a bounded length."""
-    return value[:LABEL_CHARS] if isinstance(value, str) and value else None
+    if not isinstance(value, str) or not value:
+        return None
+    return value[:LABEL_CHARS].encode("utf-8", "replace").decode()  # JSON may hold half a pair
 
 
 def word(value: Any) -> str | None:
