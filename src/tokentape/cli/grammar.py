@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import tokentape
-from tokentape.cli import calibrate, drive, read, record
+from tokentape.cli import calibrate, drive, judge, read, record
 
 # Every verb with the example that ends its help; tests run each of them.
 VERBS: list[tuple[str, Callable[..., Any], str]] = [
@@ -39,6 +39,7 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
     ("check", read.check, "tokentape check prod.tape"),
     ("recover", record.recover, "tokentape recover prod.tape"),
     ("report", read.report, "tokentape report prod.tape run.tape"),
+    ("compare", judge.compare, "tokentape compare prod.tape run.tape"),
     ("sql", read.sql, 'tokentape sql prod.tape "select count(*) from requests"'),
     ("metrics", read.metrics, "tokentape metrics"),
 ]

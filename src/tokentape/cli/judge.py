@@ -1,0 +1,43 @@
+"""Verbs that set runs against each other: compare."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokentape.cli.output import print_json, print_lines
+from tokentape.cli.read import REPORT_COLUMNS, opened
+from tokentape.cli.record import Json
+from tokentape.traces.errors import GateNotMet
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The run to compare with; or a glob.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The run that is new; or a glob.")],
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-if", metavar="GATE", help="Exit 3 if so: ttft_p99>+5%, failed>+1%. Repeatable."
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what changed from run A to run B, request by request.
+
+    Both must come from one tape: requests are paired by the request that they repeat. Each change
+    has a 95 % interval from a block bootstrap over time; a gate fails only on a clear change.
+    """
+    from tokentape.analysis import compare as analysis
+    from tokentape.analysis.session import connect
+
+    first, second = opened([a], skip_damaged=False), opened([b], skip_damaged=False)
+    with connect([*first, *second]) as session:
+        labels = session.labels
+        found = analysis.compare(session, labels[: len(first)], labels[len(first) :])
+    failures = analysis.judge(found, fail_if or [])
+    if json:
+        print_json(found.as_dict() | {"failed_gates": failures})
+    else:
+        print_lines([found.text(REPORT_COLUMNS).rstrip("\n")])
+    if failures:
+        raise GateNotMet(f"compare: {'; '.join(failures)}")

@@ -1,0 +1,120 @@
+"""compare: pairs, effects that were put in, warnings and gates."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rows import MS, make_tape, streamed_row
+from tokentape.analysis import compare as analysis
+from tokentape.analysis.session import connect
+from tokentape.traces.errors import UsageError
+
+N = 1500
+SEED = 3
+
+
+def run_tape(
+    path: Path,
+    source: Path | None,
+    ids: list[Any],
+    slower: float = 1.0,
+    noise: int = 1,
+    **facts: Any,
+) -> Path:
+    """A request each 200 ms whose TTFT wanders with time; the same wandering for every run."""
+    common, own = np.random.default_rng(SEED), np.random.default_rng(noise)
+    wander = np.exp(np.cumsum(common.normal(0, 0.1, N)).clip(-1, 1))
+    rows = []
+    for i in range(N):
+        arrival = i * 200 * MS
+        ttft = int(50 * MS * wander[i] * slower * own.lognormal(0, 0.02))
+        row = streamed_row(0, 3, arrival_ns=arrival, send_ns=arrival, send_end_ns=arrival)
+        row |= {"first_content_ns": arrival + ttft, "last_content_ns": arrival + ttft + 40 * MS}
+        row |= {"end_ns": arrival + ttft + 41 * MS, "request_id": ids[i]}
+        if source:
+            row |= {"source_request_id": ids[i], "copy_index": 0, "request_id": None}
+            row["request_id"] = streamed_row(i)["request_id"]
+        rows.append(row)
+    return make_tape(path, rows, role="replay" if source else "capture", **facts)
+
+
+@pytest.fixture(scope="module")
+def tapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("compare")
+    ids = [streamed_row(i)["request_id"] for i in range(N)]
+    source = run_tape(folder / "source", None, ids)
+    invalid: Any = {"verdict": {"level": "invalid", "reasons": ["late"]}}
+    return {
+        "source": source,
+        "same": run_tape(folder / "same", source, ids, noise=2),
+        "slower": run_tape(folder / "slower", source, ids, slower=1.1, noise=3),
+        "other": run_tape(folder / "other", None, [streamed_row(9)["request_id"] for _ in ids]),
+        "bad": run_tape(folder / "bad", source, ids, noise=4, **invalid),
+    }
+
+
+def compared(tapes: dict[str, Path], a: list[str], b: list[str]) -> analysis.Comparison:
+    with connect([tapes[name] for name in (*a, *b)]) as session:
+        return analysis.compare(session, session.labels[: len(a)], session.labels[len(a) :])
+
+
+def effect(found: analysis.Comparison, metric: str, stat: str) -> analysis.Effect:
+    [one] = [e for e in found.effects if (e.group, e.metric, e.stat) == ("all", metric, stat)]
+    return one
+
+
+def test_a_candidate_that_is_ten_percent_slower_is_found_within_its_interval(
+    tapes: dict[str, Path],
+) -> None:
+    found = compared(tapes, ["source"], ["slower"])
+    assert found.pairs == N and found.warnings == []
+    for stat in ("p50", "p90", "p99"):
+        one = effect(found, "ttft", stat)
+        assert one.lo is not None and one.hi is not None and one.word == "higher", stat
+        assert one.lo <= 0.1 <= one.hi and one.hi - one.lo < 0.1, stat
+    assert effect(found, "tpot", "p50").change == 0
+
+
+def test_two_runs_of_one_candidate_do_not_differ(tapes: dict[str, Path]) -> None:
+    found = compared(tapes, ["source"], ["same"])
+    assert {e.word for e in found.effects if e.metric == "ttft"} == {"no clear change"}
+    assert analysis.judge(found, ["ttft_p50>0%", "ttft_p99>+5%", "failed>+0%"]) == []
+
+
+def test_several_runs_on_a_side_pair_with_each_request(tapes: dict[str, Path]) -> None:
+    found = compared(tapes, ["source", "same"], ["slower"])
+    one = effect(found, "ttft", "p50")
+    assert (found.pairs, one.n, one.word) == (N, N, "higher")
+
+
+def test_a_gate_fails_on_a_clear_change_beyond_its_limit_only(tapes: dict[str, Path]) -> None:
+    found = compared(tapes, ["source"], ["slower"])
+    [failure] = analysis.judge(found, ["ttft_p50>+5%", "ttft_p50>+20%"])
+    assert failure.startswith("ttft_p50>+5%: +") and "95 %" in failure
+    for wrong in ("ttft>5%", "speed_p50>5%", "ttft_p50>5"):
+        with pytest.raises(UsageError, match="need METRIC_STAT"):
+            analysis.judge(found, [wrong])
+
+
+def test_a_run_that_its_verdict_calls_invalid_is_named(tapes: dict[str, Path]) -> None:
+    assert compared(tapes, ["source"], ["bad"]).warnings == [
+        "the run bad is invalid; see report bad"
+    ]
+
+
+def test_tapes_that_share_no_request_are_refused(tapes: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="share no request"):
+        compared(tapes, ["source"], ["other"])
+
+
+def test_too_few_pairs_are_said_instead_of_a_number(tmp_path: Path) -> None:
+    rows = [streamed_row(i) for i in range(50)]
+    copies = [streamed_row(i) | {"source_request_id": r["request_id"]} for i, r in enumerate(rows)]
+    pair = {"a": make_tape(tmp_path / "a", rows), "b": make_tape(tmp_path / "b", copies, "replay")}
+    found = compared(pair, ["a"], ["b"])
+    one = effect(found, "ttft", "p99")
+    assert (one.a, one.change, one.word, one.n) == (None, None, "too few", 50)
+    assert analysis.judge(found, ["ttft_p99>+5%"]) == ["ttft_p99>+5%: too few pairs (n=50)"]
+    assert "too few" in found.text()
