@@ -294,9 +294,12 @@ class Assembler:
             self._close(stream, request, t_ns, {"outcome": "cut"})
         return count
 
-    def adopt(self, stream: int, left: Unfinished) -> None:
-        """Go on with a request of a writer that is dead."""
-        self.open[stream] = OpenRequest.resume(left, self._clock.offset_ns)
+    def adopt(self, stream: int, left: Unfinished, *, gap: bool = False) -> None:
+        """Go on with a request of a writer that is dead; `gap`: not all since then comes again."""
+        request = self.open[stream] = OpenRequest.resume(left, self._clock.offset_ns)
+        if gap:
+            request.missed += 1
+            self._gap(request)
 
     def news(self) -> Iterator[tuple[int, list[bytes] | None, State]]:
         """(stream, new events as raw arrays in the journal's order, state) of what has changed."""

@@ -78,6 +78,7 @@ class BlockSender:
         self._sent: deque[tuple[int, int]] = deque()  # (where, bytes) of blocks not confirmed yet
         self.confirmed = 0  # blocks that the writer has done with
         self.alive = True
+        self._ended = False  # nothing more can be read
 
     def claim(self) -> int | None:
         """Where in `memory` a free slot of SLOT_BYTES begins, or None; it is the caller's now."""
@@ -107,15 +108,18 @@ class BlockSender:
     def poll(self) -> list[bytes]:
         """Notes from the writer; slots that it has read become free."""
         notes: list[bytes] = []
-        while self.alive:
+        while not self._ended:
             try:
                 message = self._channel.sock.recv(1 << 16)
             except BlockingIOError:
                 break
+            except ConnectionResetError:  # it died with our messages unread; its own still queue
+                self.alive = False
+                continue
             except OSError:
                 message = b""
             if not message:
-                self.alive = False
+                self.alive, self._ended = False, True
             elif message[0] == _FREE:
                 self._free.appendleft(_SLOT.unpack(message)[1])  # the warm one goes first
                 self._sent.popleft()

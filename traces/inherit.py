@@ -17,16 +17,20 @@ from tokentape.traces.recover import Leftover, Recovered, count_killed, replay_j
 
 @dataclass(frozen=True)
 class Inheritance:
-    """What one dead writer left; `skip` blocks of those that come again are in it already."""
+    """What one dead writer left; `skip` blocks of those that come again are in it already.
+
+    `gap`: blocks were given up, or confirmed without a journal, so streams that go on have a hole.
+    """
 
     tape: Path
-    incarnation: str
+    names: list[str]  # of all dead writers whose shares are not on the tape's books yet
     file: Path
     left: Leftover
     finished: list[dict[str, Any]]  # rows that no segment has
     sealed_rows: int
     sealed_events: int
     skip: int
+    gap: bool
 
     @property
     def clock(self) -> TapeClock:
@@ -36,25 +40,26 @@ class Inheritance:
 
     @property
     def recovered(self) -> Recovered:
-        """What the dead writer itself has brought to the tape."""
+        """What the dead writers themselves have brought to the tape."""
         return Recovered(0, 0, self.sealed_events, self.sealed_rows)
 
-    def account(self) -> None:
-        """Write to tape.json what the dead writer has seen: what it sealed; the rest is ours."""
+    def settle(self) -> None:
+        """Say in tape.json what the dead writers have sealed, then delete what they left."""
         with tape_facts.changing(self.tape) as facts:
-            count_killed(facts, self.incarnation, self.sealed_rows, 0, 0)
-
-    def clear(self) -> None:
-        """Delete its small files, and its journal where that is still there."""
-        for file in (self.tape / "journal").glob(f"{self.incarnation}[.-]*"):
-            file.unlink(missing_ok=True)
+            for name in self.names:
+                sealed_rows, _ = journal.sealed_counts(self.tape, name)
+                if sealed_rows or name in facts["losses"]:
+                    count_killed(facts, name, sealed_rows, 0, 0)
+        for name in self.names:
+            for file in (self.tape / "journal").glob(f"{name}[.-]*"):
+                file.unlink(missing_ok=True)
 
 
 def inherit(tape: Path, ancestors: dict[str, int]) -> Inheritance | None:
     """The journal of the last of these dead writers that has one, read; None where there is none.
 
-    Args: ancestors: by name, how many blocks the hot process knows to be done with; the block
-    after those is the first that comes again.
+    Args: ancestors: by name, oldest first, how many of the blocks sent to it are done with. What
+    follows them was sent to the next one, so the counts of all from one on add up.
     """
     files = dict(journal.leftovers(tape))
     name = next((n for n in reversed(ancestors) if n in files), None)
@@ -63,7 +68,28 @@ def inherit(tape: Path, ancestors: dict[str, int]) -> Inheritance | None:
     left = replay_journal(files[name], whole_blocks=True)
     if not left.clock["anchors"]:  # torn within its first record
         return None
-    finished = journal.without_sealed(tape, name, left.finished)
-    skip = max(left.blocks - ancestors.get(left.counted_by, left.blocks), 0)
-    counts = journal.sealed_counts(tape, name)
-    return Inheritance(tape, name, files[name], left, finished, *counts, skip)
+    unsealed = journal.without_sealed(
+        tape, name, [*left.finished, *(u.row for u in left.open.values())]
+    )
+    ids = {row["request_id"] for row in unsealed}
+    finished = [row for row in left.finished if row["request_id"] in ids]
+    left.open = {s: u for s, u in left.open.items() if u.row["request_id"] in ids}
+    names = list(ancestors)
+    every = [journal.sealed_counts(tape, n) for n in names]
+    known = left.blocks
+    if left.counted_by in ancestors:
+        known -= sum(ancestors[n] for n in names[names.index(left.counted_by) :])
+    else:
+        known = 0
+    left.telemetry = journal.samples_without_sealed(tape, name, left.telemetry)
+    return Inheritance(
+        tape,
+        names,
+        files[name],
+        left,
+        finished,
+        sealed_rows=sum(rows for rows, _ in every),
+        sealed_events=sum(events for _, events in every),
+        skip=max(known, 0),
+        gap=known < 0,
+    )

@@ -246,6 +246,18 @@ def without_sealed(
     return [row for row in rows if row["request_id"] not in found]
 
 
+def samples_without_sealed(tape: Path, incarnation: str, samples: list[Any]) -> list[Any]:
+    """Those telemetry samples of a journal that the newest segment of its incarnation has not."""
+    known: set[tuple[Any, ...]] = set()
+    files = sorted((tape / "telemetry").glob(f"{incarnation}-*.parquet"))
+    names = ("ts_ns", "end_ns", "source", "name", "labels")
+    for file in files[-1:]:
+        with contextlib.suppress(pa.ArrowException, OSError):
+            found = pq.read_table(file, columns=list(names)).to_pydict()
+            known = set(zip(*(found[n] for n in names), strict=True))
+    return [sample for sample in samples if tuple(sample[:5]) not in known]
+
+
 def _segments(tape: Path, incarnation: str) -> list[Path]:
     """Oldest first: folders are by the hour, names by number."""
     return sorted((tape / "requests").glob(f"**/{incarnation}-*.parquet"))

@@ -21,7 +21,6 @@ import msgspec
 from tokentape.traces import blocks
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import TapeError
-from tokentape.traces.journal_files import counter_path
 from tokentape.traces.writer_life import WriterLife
 
 FLUSH_EVERY_S = 0.1
@@ -357,7 +356,9 @@ class Recorder:
         if self._dead is not dead:
             self._dead = dead
             self._on_trouble("the writer process died: traffic goes on; a new one is started")
-            self._past.add(dead.ready)
+            dead.poll()  # what it could still say
+            if dead.took_over:  # else the next one counts what it counted
+                self._past.add(dead.ready)
             self._past.keep_served(dead.served)
             self._deaths = 0 if dead.sender.confirmed else self._deaths + 1
             self._take_back(dead)
@@ -368,21 +369,18 @@ class Recorder:
             self._waiting_bytes = 0
             self._on_trouble("the writer process died too often: no more is recorded")
             return
-        page = dead.counters
-        counted = (page[blocks.OPENED], page[blocks.READS])
         with contextlib.suppress(OSError):  # no process to be had now: the next flush tries again
             self._life = WriterLife(
-                self.tape, self._lock_fd, self._hello, self._on_trouble, self._ancestors, counted
+                self.tape, self._lock_fd, self._hello, self._on_trouble, self._ancestors, dead
             )
-            self._counters = self._life.counters
             self.incarnations.append(self._life.incarnation)
 
     def _take_back(self, dead: WriterLife) -> None:
         """What the dead writer did not confirm waits again, unless it may be what kills writers."""
-        if dead.ready is not None:
+        if dead.took_over:
             self._ancestors.clear()
         confirmed, unconfirmed = dead.sender.confirmed, dead.sender.unconfirmed()
-        if self._deaths > 1:
+        if self._deaths > 1 and dead.ready is not None:  # else it had read none
             confirmed += len(unconfirmed)
             unconfirmed = []
         self._ancestors[dead.incarnation] = confirmed
@@ -412,7 +410,8 @@ class Recorder:
         life = self._life
         life.ask_to_finish(facts or {}, self.losses, deadline)
         try:
-            self._past.add(life.ready)
+            if self._dead is not life:
+                self._past.add(life.ready)
             if life.summary is not None:
                 return self._past.summary(**life.summary)
             return self._salvage(facts or {})
@@ -421,19 +420,19 @@ class Recorder:
 
     def _salvage(self, facts: dict[str, Any]) -> Summary:
         """The last writer is dead: seal its journal, count the rest."""
-        from tokentape.traces.recover import recover_incarnation
+        from tokentape.traces.journal import sealed_counts
+        from tokentape.traces.recover import NOTHING, Recovered, recover_incarnation
 
-        page = bytes(self._life.counters)[: 2 * 8]  # as of now, whoever has the journal
-        for name in [*self._ancestors, self._life.incarnation]:
-            counter = counter_path(self.tape, name)
-            if counter.exists():
-                with counter.open("r+b") as out:
-                    out.write(page)
-            self._past.add(asdict(recover_incarnation(self.tape, name)))
+        for name in dict.fromkeys([*self._ancestors, self._life.incarnation]):
+            found = recover_incarnation(self.tape, name)
+            if found == NOTHING:  # it left no journal: all is sealed
+                rows, events = sealed_counts(self.tape, name)
+                found = Recovered(0, 0, events, rows)
+            self._past.add(asdict(found))
         with tape_facts.changing(self.tape) as tape:
             tape.update(facts)
-            if self.losses:
-                name = self._life.incarnation
+            name = self._life.incarnation
+            if self.losses and self.losses != tape["losses"].get(name):  # else it said so itself
                 tape["losses"][name] = tape["losses"].get(name, {}) | self.losses
                 seen = tape.setdefault("seen", {})
                 seen[name] = seen.get(name, 0) + sum(self.losses.values())

@@ -6,6 +6,7 @@ and what it held is counted, by the page in which the hot process counts what it
 """
 
 import os
+import re
 import time
 from array import array
 from dataclasses import astuple, dataclass, field
@@ -61,6 +62,7 @@ def recover_locked(tape: Path) -> Recovered:
     done = NOTHING
     for incarnation, file in list(journal.leftovers(tape)):
         done += _recover_file(tape, incarnation, file)
+    _count_forgotten(tape)
     for file in (tape / "journal").iterdir():  # superseded files, half-written ones, reserves
         if file.name != Path(tape_facts.LOCK_NAME).name:
             file.unlink()
@@ -95,12 +97,13 @@ def _recover_file(tape: Path, incarnation: str, file: Path) -> Recovered:
     sealed_rows, _ = journal.sealed_counts(tape, incarnation)
     left = replay_journal(file)
     cut = [cut_row(request) for request in left.open.values()]
-    fresh = journal.without_sealed(tape, incarnation, left.finished) + cut
+    fresh = journal.without_sealed(tape, incarnation, [*left.finished, *cut])
+    cut = [row for row in cut if any(row is kept for kept in fresh)]
     worker = incarnation.partition("-")[0]
     writer = TapeWriter(tape, -1, left.clock, worker, heir_of=incarnation)
     for row in fresh:
         writer.append(row)
-    for sample in left.telemetry:
+    for sample in journal.samples_without_sealed(tape, incarnation, left.telemetry):
         writer.append_telemetry(tuple(sample))
     writer.seal()
     opened, reads = _counted(tape, incarnation)
@@ -116,6 +119,21 @@ def _recover_file(tape: Path, incarnation: str, file: Path) -> Recovered:
     file.unlink()
     counter_path(tape, incarnation).unlink(missing_ok=True)
     return Recovered(len(fresh), len(cut), writer.events_written, on_tape, lost, lost_reads)
+
+
+_RECOVERED = re.compile(r"-r[0-9a-f]{6}$")  # see TapeWriter: sealed by a recovery
+
+
+def _count_forgotten(tape: Path) -> None:
+    """Writers that sealed, and that nobody lived to account for."""
+    files = (tape / "requests").glob("**/*.parquet")
+    names = {_RECOVERED.sub("", file.stem.rpartition("-")[0]) for file in files}
+    facts = tape_facts.read_facts(tape)
+    if facts["role"] not in ("capture", "replay") or names <= set(facts.get("seen", {})):
+        return
+    with tape_facts.changing(tape) as facts:
+        for name in names - set(facts.get("seen", {})):
+            count_killed(facts, name, journal.sealed_counts(tape, name)[0], 0, 0)
 
 
 def count_killed(

@@ -4,6 +4,7 @@ The hot process outlives its writers: when one dies, the next life begins under 
 over what the dead one left in its journal, and is sent again what had not got there.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -32,12 +33,12 @@ class WriterLife:
         hello: dict[str, Any],
         on_trouble: Callable[[str], None],
         ancestors: dict[str, int] | None = None,
-        counted: tuple[int, int] = (0, 0),
+        before: "WriterLife | None" = None,
     ) -> None:
         """Start the process; OSError when it cannot be started. `ready` may come later.
 
-        Args: ancestors: dead writers whose work it may go on with (see `inherit.py`). counted:
-        requests and pieces of replies that all writers before it were sent.
+        Args: ancestors: dead writers whose work it may go on with (see `inherit.py`). before: the
+        last one of them, whose counts go on.
         """
         self._on_trouble = on_trouble
         self.incarnation = incarnation(str(hello["worker"]))
@@ -45,8 +46,15 @@ class WriterLife:
         self.ready: dict[str, int] | None = None  # what it recovered of the life before
         self.summary: dict[str, Any] | None = None
         self.served: dict[str, float] = {}  # counts of finished requests, see `served.py`
-        self.counters = _counter_page(counter_path(tape, self.incarnation))
-        self.counters[blocks.OPENED], self.counters[blocks.READS] = counted
+        self.took_over = not ancestors  # nothing of a dead writer is in its journal alone
+        page = counter_path(tape, self.incarnation)
+        if before is None:
+            self.counters = _counter_page(page)
+        else:
+            self.counters = before.counters
+            self.counters[blocks.SLOT_AT] = blocks.NO_SLOT
+            with contextlib.suppress(OSError):  # one page for all lives, under the name of each
+                os.link(counter_path(tape, before.incarnation), page)
         self.channel, writer_socket, memory_fd = blocks.channel_pair()
         command = [sys.executable, "-m", "tokentape.traces.writer_process"]
         command += [str(writer_socket.fileno()), str(memory_fd), str(lock_fd)]
@@ -77,17 +85,21 @@ class WriterLife:
             message = b""
         self.channel.sock.setblocking(False)
         if message:
-            self.ready = json.loads(message[1:])["ready"]
+            self._learn(json.loads(message[1:]))
         return bool(message)
 
     def poll(self) -> None:
         """Take the notes that came, and pass troubles on."""
         for note in map(json.loads, self.sender.poll()):
-            self.ready = note.get("ready", self.ready)
+            self._learn(note)
             self.summary = note.get("summary", self.summary)
             self.served = note.get("served", self.served)
             if "trouble" in note:
                 self._on_trouble(note["trouble"])
+
+    def _learn(self, note: dict[str, Any]) -> None:
+        self.ready = note.get("ready", self.ready)
+        self.took_over = note.get("took_over", self.took_over)
 
     def ask_to_finish(self, facts: dict[str, Any], losses: dict[str, int], deadline: float) -> None:
         """Wait for the summary, until the process is gone or the time is up; it is dead after."""

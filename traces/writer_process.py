@@ -102,8 +102,8 @@ class TapeSink:
             return
         if self.journal is None:
             self._guard(self._open_journal)
-        else:
-            self._guard(self.journal.flush)
+        elif self._guard(self.journal.flush) and self._estate is not None:
+            self._guard(self._settle)
         due = now - self._sealed_at > SEAL_EVERY_S or self.writer.pending_bytes > SEAL_BYTES
         if due and self._guard(self._seal):
             self._sealed_at = now
@@ -124,33 +124,42 @@ class TapeSink:
     def finish(self, facts: dict[str, Any]) -> int:
         """Seal the rest for good; the rows that only the journal holds, where the disk is full."""
         self._add_anchor()
+        self._journal(*self._counts())
+        if self.journal is not None:  # else what was open in it could be taken for cut after a kill
+            self._guard(self.journal.flush)
         if self._guard(self.writer.seal):
             self._free_reserve()
             self._guard(lambda: self.writer.update_facts(**facts))
+            if self._estate is not None:
+                self._guard(self._settle)
             if self.journal is not None:
                 self.journal.close()
-            elif self._estate is not None:
-                self._estate.clear()
             counter_path(self.writer.tape, self.writer.incarnation).unlink(missing_ok=True)
             return 0
         unsealed = self._keep_journal()
         lost = self.writer.seen - self.writer.rows_written - unsealed
         self.writer.losses["disk_full"] = lost - self.writer.losses.get("rows_dropped", 0)
         self._free_reserve()
-        self._guard(lambda: self.writer.update_facts(**facts))
+        theirs = unsealed if self._estate is not None else 0  # `recover` puts them on those books
+        self.writer.seen -= theirs
+        if self._guard(lambda: self.writer.update_facts(**facts)) and self._estate is not None:
+            for name in self._estate.names:  # what was lost is said, and not to be counted again
+                counter_path(self.writer.tape, name).unlink(missing_ok=True)
+        self.writer.seen += theirs
         return unsealed
 
     def _keep_journal(self) -> int:
         """Finished rows in the journal, which stays where it is for `recover`."""
         if self.journal is None:
-            return 0
+            return len(self._estate.finished) + len(self._estate.left.open) if self._estate else 0
         self._guard(self.journal.flush)
         self.journal.leave()
         return self.journal.finished_rows()
 
     def _free_reserve(self) -> None:
         """Room for tape.json, so that losses can be written on a full disk."""
-        reserve_path(self.writer.tape, self.writer.incarnation).unlink(missing_ok=True)
+        for name in [self.writer.incarnation, *(self._estate.names if self._estate else ())]:
+            reserve_path(self.writer.tape, name).unlink(missing_ok=True)
 
     def _add_anchor(self) -> None:
         """The anchor in force and the latest one: enough to see and to undo a drift."""
@@ -185,8 +194,6 @@ class TapeSink:
 
     def _open_journal(self) -> None:
         writer, estate = self.writer, self._estate
-        if estate is not None:
-            estate.account()
         self.journal = Journal(
             writer.tape,
             writer.incarnation,
@@ -196,8 +203,19 @@ class TapeSink:
             replacing=estate.file if estate else None,
         )
         if estate is not None:
-            self._estate = None
-            estate.clear()
+            self._settle()
+
+    def _settle(self) -> None:
+        """All that the dead writer left is in our journal, or sealed."""
+        assert self._estate is not None
+        self._estate.settle()
+        self._estate = None
+        tell(self._channel, took_over=True)
+
+    @property
+    def may_confirm(self) -> bool:
+        """Not while a dead writer's journal is all that a further successor would find."""
+        return self._estate is None
 
     def _guard(self, action: Any) -> bool:
         """Run a disk action; False when the disk refused, said once until it works again."""
@@ -247,7 +265,8 @@ def pump(
             return dict(json.loads(note))
         if time.monotonic() >= due or receiver.held >= HELD_BLOCKS:
             sink.checkpoint(receiver.received)
-            receiver.confirm()
+            if sink.may_confirm:
+                receiver.confirm()
             due = time.monotonic() + JOURNAL_EVERY_S
 
 
@@ -268,7 +287,7 @@ def take_over(estate: Inheritance, writer: TapeWriter, assembler: Assembler) -> 
         writer.append_telemetry(tuple(sample))
     for stream, request in left.open.items():
         try:
-            assembler.adopt(stream, request)
+            assembler.adopt(stream, request, gap=estate.gap)
         except Exception:  # noqa: BLE001 - one odd request must not end every successor
             writer.append(cut_row(request))
     assembler.seen, assembler.reads = left.seen, left.reads
@@ -307,7 +326,11 @@ def main() -> None:
     sink.attach(assembler)
     gc.collect()
     gc.freeze()
-    tell(channel, ready=asdict(estate.recovered if estate else NOTHING))
+    tell(
+        channel,
+        ready=asdict(estate.recovered if estate else NOTHING),
+        took_over=sink.may_confirm,
+    )
     end = pump(receiver, assembler, sink, estate.skip if estate else 0)
     if not end:
         take_unsent(receiver, assembler, counter_path(tape, name))

@@ -7,7 +7,7 @@ read early is never wrong about times, only about such messages and about provis
 
 from array import array
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 from tokentape.traces import schema
@@ -50,14 +50,14 @@ class Events:
         self._counts: array[int] = array("q")  # cumulative usage; as long as t_ns, or of no use
         self._last_count: dict[int, int] = {}
         self._with_ids = 0
-        self._candidates: list[Candidate] = []
+        self.candidates: list[Candidate] = []
 
     @property
     def told(self) -> tuple[int, int]:
         """How many events came with their token ids, and how many with the usage so far."""
         return self._with_ids, len(self._counts)
 
-    def resume(self, arrays: list[Any], told: tuple[int, int]) -> None:
+    def resume(self, arrays: list[Any], told: tuple[int, int], candidates: list[Candidate]) -> None:
         """Go on behind the events of another process: the six arrays in the journal's order.
 
         Reads are told apart by their times, as they always are. Text sizes are not handed on, so
@@ -67,8 +67,11 @@ class Events:
         for kept, found in zip(own, arrays, strict=True):
             kept.extend(list(found))  # whatever its item size
         n = len(self.t_ns)
-        self._reads.extend(accumulate(a != b for a, b in pairwise((None, *self.t_ns))))
-        self.read = self._reads[-1] if n else 0
+        times = sorted({*self.t_ns, *(c.t_ns for c in candidates)})
+        ordinal = {t_ns: read for read, t_ns in enumerate(times, 1)}
+        self._reads.extend(ordinal[t_ns] for t_ns in self.t_ns)
+        self.candidates = [c._replace(read=ordinal[c.t_ns]) for c in candidates]
+        self.read = len(times)
         self._bytes.extend([1] * n)
         self._with_ids = told[0]
         if told[1] == n:  # then each ntok is a difference, as `event` made it
@@ -115,7 +118,7 @@ class Events:
         else:
             if ids < 0 and not over:
                 place = (len(self.t_ns), len(self.aux_t_ns))
-                self._candidates.append(Candidate(*place, self.now_ns, self.read, choice, finish))
+                self.candidates.append(Candidate(*place, self.now_ns, self.read, choice, finish))
             self.aux(schema.FINISH if finish else schema.OTHER)
 
     def settle(self, total: int | None, total_is_whole: bool, hidden: int) -> Settled:
@@ -138,7 +141,7 @@ class Events:
         if total is None:
             return self._settled(chosen, [1] * n, "one_per_event", None, "events")
         hidden = 0 if schema.REASONING in self.cls else hidden
-        chosen = tokens.promoted(self._candidates, total - n, hidden)
+        chosen = tokens.promoted(self.candidates, total - n, hidden)
         visible = total - min(hidden, max(0, total - n - len(chosen)))
         text_bytes = tokens.inserted(self._bytes, chosen, [0] * len(chosen))
         return self._settled(

@@ -16,6 +16,7 @@ from tokentape.traces import schema
 from tokentape.traces.wire import untrusted
 from tokentape.traces.wire.events import Events
 from tokentape.traces.wire.sse import Message
+from tokentape.traces.wire.tokens import Candidate
 
 WHOLE_LIMIT: Final = 16 << 20  # bytes of a whole body that are kept for reading
 _COUNTS = ("input_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens")
@@ -48,6 +49,7 @@ class Progress(msgspec.Struct, array_like=True, gc=False):
     told: tuple[int, int]
     finish: dict[int, str | None]
     prompt_ids: int | None
+    candidates: list[Candidate]
     more: list[Any]
 
 
@@ -194,6 +196,7 @@ class StreamParser(ReplyParser):
             self.events.told,
             dict(facts.finish),
             facts.prompt_ids,
+            list(self.events.candidates),
             self._more(),
         )
 
@@ -203,7 +206,7 @@ class StreamParser(ReplyParser):
         self._given_up, self._end_mark = progress.given_up, progress.end_mark
         self.facts.finish, self.facts.prompt_ids = dict(progress.finish), progress.prompt_ids
         self.body_bytes = body_bytes
-        self.events.resume(arrays, progress.told)
+        self.events.resume(arrays, progress.told, progress.candidates)
         self._resume(progress.more)
 
     def feed(self, data: bytes, t_ns: int, read: int) -> None:
