@@ -873,6 +873,16 @@ def test_a_choice_below_zero_does_not_raise_where_it_stands_for_a_token() -> Non
     assert bytes(reply.choice or b"") == b"\x00\xff"
 
 
+def test_the_timings_of_llama_cpp_are_the_servers_times() -> None:
+    timings = {"cache_n": 3, "prompt_n": 8, "prompt_ms": 12.5, "predicted_ms": 250.0}
+    end = chunk([chat(finish="stop")], timings=timings)
+    body = json.dumps({"choices": [{"index": 0}], "timings": timings}).encode()
+    for reply in (read([*VLLM[:3], message(end)]), read([body], kind="application/json")):
+        assert reply.columns["server_prefill_ns"] == 12_500_000
+        assert reply.columns["server_decode_ns"] == 250_000_000
+        assert reply.columns["server_timing_source"] == "timings"
+
+
 def test_a_number_without_end_does_not_raise() -> None:
     endless = b'data: {"choices": [], "metrics": {"queue_time_ms": ' + b"9" * 6_000 + b"}}\n\n"
     reply = read([*VLLM[:4], endless])

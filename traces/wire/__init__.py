@@ -54,6 +54,8 @@ def reply_parser(
     dialect = DIALECTS.get(wire_format)
     if dialect is None:
         return UnreadParser(status, "unknown_format")
+    if dialect.stream is None:
+        return dialect.whole(status)
     kind = content_type.partition(";")[0].strip().lower()
     framing = dialect.framings.get(kind)
     json = kind.endswith("json")

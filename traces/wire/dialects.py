@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 from tokentape.traces.wire import (
     anthropic,
     anthropic_request,
+    embeddings,
     openai,
     openai_request,
     responses,
@@ -24,7 +25,7 @@ class Dialect(NamedTuple):
     """What reads a wire format. `framings`: by content type of a stream, the usual one first."""
 
     read_request: Callable[[bytes | bytearray], RequestFacts]
-    stream: Callable[[int, Framing], StreamParser]
+    stream: Callable[[int, Framing], StreamParser] | None  # None: never streamed
     whole: Callable[[int], WholeParser]
     framings: Mapping[str, Callable[[], Framing]] = _SSE
 
@@ -47,6 +48,8 @@ DIALECTS: Final = {
     "openai.responses": Dialect(
         responses_request.read_responses, responses.Stream, responses.Whole
     ),
+    "openai.embeddings": Dialect(embeddings.read_embeddings, None, embeddings.Whole),
+    "rerank": Dialect(embeddings.read_rerank, None, embeddings.Whole),
     "sglang": Dialect(sglang.read_generate, sglang.Stream, sglang.Whole),
     "anthropic": Dialect(anthropic_request.read_messages, anthropic.Stream, anthropic.Whole),
 }
@@ -55,6 +58,8 @@ _ROUTES: Final = (
     Route("/chat/completions", "openai.chat", "chat"),
     Route("/completions", "openai.completions", "text_completion"),
     Route("/responses", "openai.responses", "chat"),
+    Route("/embeddings", "openai.embeddings", "embeddings"),
+    Route("/rerank", "rerank", "rerank"),
     Route("/generate", "sglang", "text_completion"),
     Route("/v1/messages", "anthropic", "chat"),
 )

@@ -56,6 +56,7 @@ class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: msgspec.Raw = _ABSENT  # may come with every chunk, is read in full once
     metrics: msgspec.Raw = _ABSENT
+    timings: msgspec.Raw = _ABSENT  # llama.cpp's metrics
     error: msgspec.Raw = _ABSENT
     prompt_token_ids: list[int] | None = None
 
@@ -98,8 +99,8 @@ class Stream(StreamParser):
         choices, count = chunk.choices, -1
         if chunk.usage is not _ABSENT and len(chunk.usage) > _NULL_SIZE:
             count = self._usage_so_far(chunk.usage, bool(choices))
-        if chunk.metrics is not _ABSENT:
-            self._metrics = chunk.metrics
+        if told := chunk.metrics or chunk.timings:
+            self._metrics = told
         for choice in choices or ():
             self._choice(choice, count)
         if choices:
@@ -205,6 +206,7 @@ class _WholeReply(msgspec.Struct, gc=False):
     choices: list[_WholeChoice] | None = None
     usage: msgspec.Raw = _ABSENT
     metrics: msgspec.Raw = _ABSENT
+    timings: msgspec.Raw = _ABSENT  # llama.cpp's metrics
     error: msgspec.Raw = _ABSENT
     object: str | None = None
     prompt_token_ids: list[int] | None = None
@@ -228,7 +230,7 @@ class Whole(WholeParser):
             facts.error_type = untrusted.error_type(error or untrusted.decode_any(data))
             return True
         _identity(facts, reply)
-        _usage(facts, _value(reply.usage), _value(reply.metrics))
+        _usage(facts, _value(reply.usage), _value(reply.metrics or reply.timings))
         for choice in reply.choices or ():
             facts.finish[choice.index] = untrusted.reason(choice.finish_reason)
             if choice.token_ids is not None:
@@ -315,13 +317,16 @@ def _counts(usage: dict[str, Any]) -> dict[str, int]:
 def _server_times(facts: Facts, metrics: dict[str, Any], origin: str) -> None:
     """vLLM's per-request metrics; its time to first token counts from scheduling: the prefill.
 
-    Source: vLLM docs/features/per_request_metrics.md.
+    Or llama.cpp's timings. Source: vLLM docs/features/per_request_metrics.md.
     """
     columns = {
         "server_queue_ns": "queue_time_ms",
         "server_prefill_ns": "time_to_first_token_ms",
         "server_decode_ns": "generation_time_ms",
     }
+    if "prompt_ms" in metrics:
+        columns = {"server_prefill_ns": "prompt_ms", "server_decode_ns": "predicted_ms"}
+        origin = "timings"
     for column, name in columns.items():
         value_ms = untrusted.real_number(metrics.get(name))
         if value_ms is not None and 0 <= value_ms < 1e12:

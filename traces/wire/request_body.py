@@ -25,7 +25,7 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 class Reading(NamedTuple):
     """How a dialect's top-level keys are read."""
 
-    values: dict[str, tuple[str, Callable[[Any], Any]]]  # column: (key, what may be believed)
+    values: Mapping[str, tuple[str, Callable[[Any], Any]]]  # column: (key, what may be believed)
     told: frozenset[str] = frozenset()  # further keys that columns tell completely
     scalars: frozenset[str] = frozenset()  # numbers and flags that have no column
     words: Mapping[str, tuple[str, ...]] = MappingProxyType(
