@@ -6,11 +6,13 @@ on the candidate.
 """
 
 import asyncio
+import ipaddress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +37,7 @@ from tokentape.traces.errors import UsageError
 from tokentape.traces.reader import open_tape
 
 COARSE_ARRIVALS_NS = 100_000_000  # arrivals stamped no finer than this come in bursts of their own
+LOCAL_NAMES = (".local", ".internal", ".lan", ".home.arpa", ".localhost")  # RFC 6762, 8375; ICANN
 _STEP = 0x9E3779B97F4A7C15
 
 
@@ -204,6 +207,9 @@ class Plan:
     def warnings(self) -> list[str]:
         """What a reader of the results has to know."""
         figures, found = self.figures, list(self.target.notes)
+        if not is_private(self.target.address.base):
+            host = urlsplit(self.target.address.base).hostname
+            found.append(f"{host} is not a private address: this load goes out into the world")
         step = self.source_facts.get("arrival_resolution_ns")
         if step and step >= COARSE_ARRIVALS_NS:
             found.append(
@@ -300,6 +306,18 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     else:
         target = asyncio.run(find_target(address, headers, options.model, endpoints))
     return Plan(options, source, schedule, target, tape.facts, probed=not offline)
+
+
+def is_private(url: str) -> bool:
+    """True for this machine, private networks and names that only a local resolver knows.
+
+    Names are judged by their form and never looked up: an answer could differ at the next moment.
+    """
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return "." not in host or host.endswith(LOCAL_NAMES)
 
 
 def _endpoint(wanted: str, *, chat: bool) -> Endpoint:

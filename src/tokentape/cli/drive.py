@@ -1,5 +1,6 @@
 """Verbs that make load or take it: replay, engine, demo."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -119,6 +120,7 @@ def replay(
         else:
             print_lines([made.text()])
         return
+    ask_about(made)
     long_enough = made.schedule.span_ns >= CALIBRATE_FROM_NS
     floor = _floor(made) if calibrate or (calibrate is None and long_enough) else None
     _run(made, fail_on, floor, json=json)
@@ -130,6 +132,18 @@ def _some_time(option: str, text: str) -> int:
     if duration_ns <= 0:
         raise UsageError(f"{option} {text}: need a duration above zero, such as 600s")
     return duration_ns
+
+
+def ask_about(plan: "Plan") -> None:
+    """On a terminal, ask before a load goes to an address that is not private; typer.Abort on no.
+
+    Elsewhere nobody could answer: the plan's note says it, and whoever wrote the script meant it.
+    """
+    from tokentape.replay.plan import is_private
+
+    base = plan.target.address.base
+    if not is_private(base) and sys.stdin.isatty() and sys.stderr.isatty():
+        typer.confirm(f"{base} is not private. Send {len(plan)} requests?", abort=True, err=True)
 
 
 def _floor(plan: "Plan") -> "Floor":

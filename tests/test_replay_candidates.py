@@ -1,0 +1,161 @@
+"""Odd candidates, each over a real socket: what they do is on the run's tape, and nothing more.
+
+A request is sent once whatever comes back: no retry, no redirect that is followed.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from replay_server import HEAD, LAST, Seen, Step, chunk, engine_like, event, serve, streamed
+from tokentape.cli.drive import ask_about
+from tokentape.replay.plan import is_private
+from tokentape.replay.run import ReplayOptions, make_plan, run_plan
+from tokentape.traces.reader import open_tape
+from tokentape.traces.writer import TapeWriter
+
+TOKENS = 5
+S = 1_000_000_000
+
+
+def run_against(answer: Any, tmp_path: Path) -> tuple[dict[str, Any], list[str], int]:
+    """(the row, the verdict's reasons, requests that arrived) of one request of five tokens."""
+    writer = TapeWriter.create(tmp_path / "s.tape", role="import", command=[], options={}, facts={})
+    counts = {"input_tokens": 20, "output_tokens": TOKENS, "outcome": "ok"}
+    writer.append({"request_id": bytes(16), "arrival_ns": 0} | counts)
+    writer.close()
+
+    def script(seen: Seen) -> Sequence[Step]:
+        asked = seen.path.endswith("completions") and seen.json.get("max_tokens") == TOKENS
+        return list(answer(seen)) if asked else engine_like(seen)
+
+    with serve(script) as server:
+        options = ReplayOptions(
+            source=tmp_path / "s.tape", to=server.url, tape=tmp_path / "r.tape", timeout_ns=S
+        )
+        summary = run_plan(make_plan(options))
+        arrived = len(server.generations)
+    return open_tape(summary.tape).read().to_pylist()[0], summary.verdict.reasons, arrived
+
+
+def refusal(status: int) -> bytes:
+    return f"HTTP/1.1 {status} X\r\nRetry-After: 0\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_refusal_that_says_when_to_come_back_is_one_row_and_no_second_try(
+    tmp_path: Path, status: int
+) -> None:
+    row, reasons, arrived = run_against(lambda _: [refusal(status)], tmp_path)
+    assert (row["outcome"], row["http_status"], row["attempt"], arrived) == (
+        *("http_error", status, 1, 1),
+    )
+    assert "1 http_error" in " ".join(reasons)
+
+
+def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
+    head = b"HTTP/1.1 307 X\r\nLocation: /v1/elsewhere/completions\r\nContent-Length: 0\r\n\r\n"
+    row, _, arrived = run_against(lambda _: [head], tmp_path)
+    assert (row["outcome"], row["http_status"], arrived) == ("http_error", 307, 1)
+
+
+def test_a_stream_that_is_cut_keeps_the_events_that_came(tmp_path: Path) -> None:
+    # A reset discards what the client's kernel holds unread, so the server dies half a second later.
+    row, _, arrived = run_against(lambda seen: [*streamed(seen)[:5], 0.5, None], tmp_path)
+    assert (row["outcome"], arrived) == ("upstream_abort", 1)
+    assert len(row["off_us"]) == 2
+
+
+def test_a_stream_that_never_ends_is_a_timeout_with_what_it_had(tmp_path: Path) -> None:
+    row, _, _ = run_against(lambda seen: [*streamed(seen)[:7], 20.0], tmp_path)
+    assert row["outcome"] == "timeout" and len(row["off_us"]) == 3
+    assert row["end_ns"] - row["send_ns"] < 10 * S
+
+
+def test_garbage_is_not_counted_as_tokens(tmp_path: Path) -> None:
+    body = chunk(b"data: {not json\n\n") + chunk(bytes(range(256)) * 8) + LAST
+    row, reasons, _ = run_against(lambda _: [HEAD, body], tmp_path)
+    assert not row["off_us"] and not row["output_tokens"]
+    assert row["outcome"] != "ok" or row["parse_status"] not in (None, "ok")
+    assert reasons
+
+
+def test_framing_that_breaks_is_an_abort(tmp_path: Path) -> None:
+    row, _, arrived = run_against(lambda _: [HEAD, b"zz\r\nnonsense", None], tmp_path)
+    assert (row["outcome"], arrived) == ("upstream_abort", 1)
+
+
+def test_an_answer_without_usage_is_counted_by_its_events(tmp_path: Path) -> None:
+    def without(seen: Seen) -> Sequence[Step]:
+        return [*streamed(seen)[:-1], event("[DONE]") + LAST]
+
+    row, _, _ = run_against(without, tmp_path)
+    assert row["outcome"] == "ok" and len(row["off_us"]) == TOKENS
+    assert row["input_tokens"] is None
+    assert row["output_tokens_source"] != "usage"
+
+
+def test_a_candidate_that_ignores_the_limit_is_told_by_the_verdict(tmp_path: Path) -> None:
+    def longer(seen: Seen) -> Sequence[Step]:
+        more = seen.body.replace(b'"max_tokens":5', b'"max_tokens":9')
+        return streamed(Seen(seen.method, seen.path, seen.headers, more, 0, 0))
+
+    row, reasons, _ = run_against(longer, tmp_path)
+    assert (row["planned_output_tokens"], row["output_tokens"]) == (TOKENS, 9)
+    assert "output tokens: 1 of 1 requests are not as planned" in " ".join(reasons)
+
+
+@pytest.mark.parametrize(
+    ("url", "private"),
+    [
+        ("http://127.0.0.1:8000/v1", True),
+        ("http://localhost:8000/v1", True),
+        ("http://10.1.2.3/v1", True),
+        ("http://[::1]:8000/v1", True),
+        ("http://192.168.7.9/v1", True),
+        ("http://8.8.8.8/v1", False),
+        ("https://[2001:4860:4860::8888]/v1", False),
+        ("http://engine/v1", True),
+        ("http://engine.default.svc.cluster.local/v1", True),
+        ("https://api.example.com/v1", False),
+    ],
+)
+def test_a_candidate_out_in_the_world_is_told_from_one_at_home(url: str, private: bool) -> None:
+    assert is_private(url) is private
+
+
+def offline_options(folder: Path, to: str) -> ReplayOptions:
+    """Options that replay one request; nobody is asked."""
+    path = folder / f"{len(list(folder.iterdir()))}.tape"
+    writer = TapeWriter.create(path, role="import", command=[], options={}, facts={})
+    counts = {"input_tokens": 20, "output_tokens": 5, "outcome": "ok"}
+    writer.append({"request_id": bytes(16), "arrival_ns": 0} | counts)
+    writer.close()
+    return ReplayOptions(source=path, to=to, model="m")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_only_a_person_at_a_terminal_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    plan = make_plan(offline_options(tmp_path, "https://api.example.com"), offline=True)
+    asked: list[str] = []
+    for stream in (sys.stdin, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(typer, "confirm", lambda text, **_: asked.append(text))
+    ask_about(plan)
+    assert asked == (
+        ["https://api.example.com/v1 is not private. Send 1 requests?"] if terminal else []
+    )
+
+
+def test_the_plan_names_a_candidate_that_is_not_private(tmp_path: Path) -> None:
+    def noted(to: str) -> bool:
+        plan = make_plan(offline_options(tmp_path, to), offline=True)
+        return "api.example.com is not a private address" in plan.text()
+
+    assert noted("https://api.example.com") and not noted("http://127.0.0.1:8000")
