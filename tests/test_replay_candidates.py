@@ -64,7 +64,7 @@ def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_a_stream_that_is_cut_keeps_the_events_that_came(tmp_path: Path) -> None:
-    # A reset discards what the client's kernel holds unread, so the server dies half a second later.
+    # A reset discards what the client's kernel holds unread, so the server dies a little later.
     row, _, arrived = run_against(lambda seen: [*streamed(seen)[:5], 0.5, None], tmp_path)
     assert (row["outcome"], arrived) == ("upstream_abort", 1)
     assert len(row["off_us"]) == 2
