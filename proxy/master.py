@@ -130,8 +130,9 @@ async def serve(
         say(f"this mitmproxy lacks {name}: heads or chunks may be written anew, and more slowly")
     vars(mitmproxy_server)["asyncio"] = StampedAsyncio()
     m = build(wanted, upstream, bound, capture)
-    if not (quick.apply() and steps.apply(m)):
-        say("this mitmproxy is not one that was tested: requests take its own, slower steps")
+    for part, applied in [("look-ups", quick.apply()), ("steps", steps.apply(m))]:
+        if not applied:
+            say(f"this mitmproxy is not one that was tested: requests take its own, slower {part}")
     running = asyncio.ensure_future(m.run())
     proxy = m.addons.get("proxyserver")
     while not running.done() and not any(s.is_running for s in proxy.servers):  # noqa: ASYNC110

@@ -385,14 +385,17 @@ def test_an_early_reply_waits_for_the_upload_and_leaves_no_stamp_behind(tmp_path
     def serve(server: socket.socket) -> None:
         connection, _ = server.accept()
         with connection:
-            while b"\r\n\r\n" not in connection.recv(65536):
-                pass
-            connection.sendall(refused)
-            while not connection.recv(65536).endswith(b"end"):
-                pass
-            while b"a b" not in connection.recv(65536):
-                pass
-            connection.sendall(REPLIES["whole"])
+            got = b""
+            for awaited, answer in [
+                (b"\r\n\r\n", refused),
+                (b"end", b""),
+                (b"a b", REPLIES["whole"]),
+            ]:
+                while awaited not in got:  # one read may end in the next request
+                    piece = connection.recv(65536)
+                    assert piece, awaited
+                    got += piece
+                connection.sendall(answer)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=serve, args=(server,))
