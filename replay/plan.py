@@ -7,7 +7,7 @@ on the candidate.
 
 import asyncio
 import ipaddress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -17,17 +17,15 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from yarl import URL
 
+from tokentape.replay.ahead import Outgoing
 from tokentape.replay.probe import find_target
-from tokentape.replay.prompts import PromptSource
 from tokentape.replay.schedule import NS_PER_S, Schedule, ScheduleOptions, make_schedule
-from tokentape.replay.sender import Outgoing
+from tokentape.replay.share import Share, endpoint
 from tokentape.replay.source import Source, read_source
 from tokentape.replay.targets import (
     ENDPOINTS,
     Address,
-    Endpoint,
     Headers,
     Target,
     redacted,
@@ -38,6 +36,8 @@ from tokentape.traces.reader import open_tape
 
 COARSE_ARRIVALS_NS = 100_000_000  # arrivals stamped no finer than this come in bursts of their own
 LOCAL_NAMES = (".local", ".internal", ".lan", ".home.arpa", ".localhost")  # RFC 6762, 8375; ICANN
+MOST_BLOCKS = 4_000_000  # looked at for the share that repeats: 64 MB
+BLOCK_ROWS = 8_000  # requests whose blocks are read at a time
 _STEP = 0x9E3779B97F4A7C15
 
 
@@ -93,41 +93,33 @@ class Plan:
     source_facts: dict[str, Any]
     probed: bool
 
-    def __post_init__(self) -> None:
-        self._prompts = PromptSource(self.source.tape_id, self.options.seed)
-        self._urls = {e: URL(self.target.address.url(e)) for e in self.target.forms}
-        self._headers = self.target.headers.for_sending()
-
     def __len__(self) -> int:
         return len(self.schedule.due_ns)
 
-    def endpoint(self, index: int) -> Endpoint:
-        """The endpoint that a row of the source is replayed on."""
-        return _endpoint(self.options.endpoint, chat=bool(self.source.chat[index]))
+    @cached_property
+    def whole(self) -> Share:
+        """All of it, as one worker's share."""
+        source, schedule = self.source, self.schedule
+        return Share(
+            due_ns=schedule.due_ns,
+            positions=schedule.source_index,
+            input_tokens=source.input_tokens,
+            output_tokens=source.output_tokens,
+            chat=source.chat,
+            stream=source.stream,
+            by_row=True,
+            rows=source.rows,
+            tape_id=source.tape_id,
+            seed=self.options.seed,
+            wanted_endpoint=self.options.endpoint,
+            target=self.target,
+            peak_in_flight=schedule.peak_in_flight,
+            timeout_ns=self.options.timeout_ns,
+        )
 
     def outgoing(self, number: int) -> Outgoing:
         """The i-th request of the schedule, body and all."""
-        source, index = self.source, int(self.schedule.source_index[number])
-        form = self.target.forms[self.endpoint(index)]
-        input_tokens = int(source.input_tokens[index])
-        output_tokens = max(1, int(source.output_tokens[index]))
-        stream = bool(source.stream[index])
-        request_id = source.request_ids[index]
-        units = form.length.units(input_tokens)
-        blocks = source.blocks(index)
-        if form.length.per_unit != 1:  # a block is as long as it was in tokens, not in units
-            of_units = max(1, round(blocks.block_tokens / form.length.per_unit))
-            blocks = replace(blocks, block_tokens=of_units)
-        draws = self._prompts.draws(request_id, units, blocks)
-        row = source.columns(index) | form.columns(output_tokens, stream=stream)
-        row |= {
-            "endpoint": self.target.address.path(form.endpoint),
-            "source_request_id": request_id,
-            "planned_input_tokens": input_tokens,
-            "planned_output_tokens": output_tokens,
-        }
-        body = form.body(draws, output_tokens, stream=stream)
-        return Outgoing(self._urls[form.endpoint], self._headers, body, row)
+        return self.whole.outgoing(number)
 
     # -- figures --------------------------------------------------------------------------------
 
@@ -144,14 +136,14 @@ class Plan:
         inputs, outputs = source.input_tokens[index], source.output_tokens[index]
         chat = source.chat[index] if self.options.endpoint == "recorded" else None
         sessions = source.sessions[index]
-        repeated, blocks = _repeated_blocks(source, index)
+        repeated, blocks, counted = _repeated_blocks(source, index)
         return {
             "requests": len(self),
             "requests_on_tape": len(source),
             "chat_requests": int(chat.sum())
             if chat is not None
             else (len(self) if self.options.endpoint == "chat" else 0),
-            "sessions": len(np.unique(sessions[sessions >= 0])),
+            "sessions": int(np.count_nonzero(np.bincount(sessions[sessions >= 0]))),
             "recorded_span_ns": schedule.recorded_span_ns,
             "span_ns": schedule.span_ns,
             "mean_per_s": round(schedule.mean_per_s, 4),
@@ -161,23 +153,21 @@ class Plan:
             "output_tokens": int(np.maximum(outputs, 1).sum()),
             "prefix_blocks": blocks,
             "prefix_blocks_repeated": repeated,
+            "prefix_blocks_of_requests": counted,
             "left_out": {reason: len(rows) for reason, rows in schedule.left_out.items()},
             "too_short_for_template": self._too_short(inputs, index),
             "without_output": int((outputs < 1).sum()),
-            "several_choices": self._several_choices(index),
+            "several_choices": int(source.several_choices[index].sum()),
         }
 
     def _too_short(self, inputs: Any, index: Any) -> int:
         chat = self.source.chat[index]
-        short = np.zeros(len(index), dtype=np.bool_)
-        for endpoint, form in self.target.forms.items():
-            here = [_endpoint(self.options.endpoint, chat=bool(c)) == endpoint for c in chat]
-            short |= np.array(here, dtype=np.bool_) & (inputs < form.length.shortest_tokens)
-        return int(short.sum())
-
-    def _several_choices(self, index: Any) -> int:
-        choices = self.source.table["n_choices"].take(pa.array(index))
-        return int(pc.sum(pc.greater(choices, 1)).as_py() or 0)
+        short = 0
+        for kind in (False, True):
+            form = self.target.forms.get(endpoint(self.options.endpoint, chat=kind))
+            if form is not None:
+                short += int((inputs[chat == kind] < form.length.shortest_tokens).sum())
+        return short
 
     # -- words ----------------------------------------------------------------------------------
 
@@ -236,7 +226,7 @@ class Plan:
         if self.source.approximate_blocks:
             found.append(
                 "prefix blocks are counted in bytes: shared prefixes are about right "
-                f"({self.source.bytes_per_token:.2f} bytes per token)"
+                f"({self.source.rows.bytes_per_token:.2f} bytes per token)"
             )
         found += [f"{n} {what}" for what, n in self.source.guessed.items()]
         return found
@@ -264,8 +254,10 @@ class Plan:
         ]
         if f["prefix_blocks"]:
             share = 100 * f["prefix_blocks_repeated"] / f["prefix_blocks"]
+            of = f["prefix_blocks_of_requests"]
             lines.append(
                 f"  prefixes: {share:.1f} % of {f['prefix_blocks']:,} blocks repeat earlier ones"
+                + (f", in the first {of:,} requests" if of < len(self) else "")
             )
         else:
             lines.append("  prefixes: the tape knows none, so no two prompts share one")
@@ -288,19 +280,20 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     if options.endpoint not in ("recorded", *ENDPOINTS):
         raise UsageError(f"--endpoint {options.endpoint}: give recorded, completions or chat")
     tape = open_tape(options.source)
-    source = read_source(tape, include_failed=options.include_failed)
+    source, offered = read_source(tape, include_failed=options.include_failed)
     wanted = ScheduleOptions(
         options.speed, options.window, options.max_requests, options.max_tokens
     )
     try:
-        schedule = make_schedule(source.offered, wanted)
+        schedule = make_schedule(offered, wanted)
     except ValueError as error:
         raise UsageError(f"--speed: {error}") from None
+    del offered  # what is long is not kept
     if not len(schedule.due_ns):
         why = ", ".join(f"{len(v)} {name}" for name, v in schedule.left_out.items())
         raise UsageError(f"{options.source}: nothing to replay ({why})")
     chats = np.unique(source.chat[schedule.source_index])
-    endpoints = sorted({_endpoint(options.endpoint, chat=bool(c)) for c in chats})
+    endpoints = sorted({endpoint(options.endpoint, chat=bool(c)) for c in chats})
     if offline:
         target = unprobed(address, headers, options.model or "unknown", endpoints)
     else:
@@ -320,22 +313,37 @@ def is_private(url: str) -> bool:
         return "." not in host or host.endswith(LOCAL_NAMES)
 
 
-def _endpoint(wanted: str, *, chat: bool) -> Endpoint:
-    if wanted == "recorded":
-        return "chat" if chat else "completions"
-    return "chat" if wanted == "chat" else "completions"
+def _repeated_blocks(source: Source, index: Any) -> tuple[int, int, int]:
+    """(blocks that an endless prefix cache would have seen before, all blocks, their requests).
+
+    Of the first requests of a plan only, as many as have MOST_BLOCKS: each is kept meanwhile.
+    """
+    found: list[Any] = []
+    blocks = counted = 0
+    while source.with_blocks and counted < len(index) and blocks < MOST_BLOCKS:
+        part = index[counted : counted + BLOCK_ROWS]
+        groups = source.rows.group_of(part)
+        for group in np.unique(groups).tolist():
+            keys = _block_keys(source, group, part[groups == group])
+            found.append(keys)
+            blocks += len(keys)
+        counted += len(part)
+    distinct = len(np.unique(np.concatenate(found))) if found else 0
+    return blocks - distinct, blocks, counted
 
 
-def _repeated_blocks(source: Source, index: Any) -> tuple[int, int]:
-    """Blocks that an endless prefix cache would have seen before, and all blocks."""
-    rows = source.table.take(pa.array(index))
-    lists = rows["block_hashes"].combine_chunks()
+def _block_keys(source: Source, group: int, positions: Any) -> Any:
+    """The blocks of some rows of a row group, told apart as a cache would."""
+    table = source.rows.read(group, ("block_hashes", "block_scope"))
+    if "block_hashes" not in table.column_names:
+        return np.empty(0, dtype=np.uint64)
+    table = table.take(pa.array(positions - source.rows.groups[group].first))
+    lists = table["block_hashes"].combine_chunks()
     hashes = pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64)
     parents = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
-    local = np.asarray(pc.fill_null(pc.equal(rows["block_scope"], "session"), fill_value=False))
-    spaces = np.where(local, source.sessions[index] + 1, 0).astype(np.uint64)
-    distinct = np.unique(hashes ^ (spaces[parents] * np.uint64(_STEP)))
-    return len(hashes) - len(distinct), len(hashes)
+    local = pc.fill_null(pc.equal(table["block_scope"], "session"), fill_value=False)
+    spaces = np.where(np.asarray(local), source.sessions[positions] + 1, 0).astype(np.uint64)
+    return hashes ^ (spaces[parents] * np.uint64(_STEP))
 
 
 def _duration(ns: int) -> str:

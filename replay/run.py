@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,15 @@ except ImportError:  # it is for Linux only
 from tokentape.replay.health import cores
 from tokentape.replay.plan import Plan, ReplayOptions, make_plan
 from tokentape.replay.progress import Progress
-from tokentape.replay.self_check import self_check
-from tokentape.replay.sender import Sender, Sent
-from tokentape.replay.transport import NO_REPLY, allow_files, open_client
+from tokentape.replay.sender import Sent
+from tokentape.replay.sending import send_share
 from tokentape.replay.verdict import Verdict, judge_run
 from tokentape.traces import facts as tape_facts
-from tokentape.traces.errors import TokentapeError, UsageError
+from tokentape.traces.errors import UsageError
 from tokentape.traces.reader import open_tape
 from tokentape.traces.recording import Recorder
 
 __all__ = ["Plan", "Progress", "ReplayOptions", "RunSummary", "make_plan", "run_plan"]
-
-WARM_FACTOR = 4  # connections per request in flight as planned: a candidate may be that much slower
-MOST_WARM = 2_000  # more streams than one worker should carry
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,14 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
         force=options.force,
     )
     try:
-        sent = run_loop(_send(plan, recorder, progress))
+        work = send_share(
+            plan.whole,
+            recorder,
+            _stopped_by_signals,
+            prepare=plan.outgoing,
+            progress=progress,
+        )
+        sent = run_loop(work)
     except BaseException:
         recorder.finish({"run": {"failed": True}})
         raise
@@ -105,40 +108,6 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
 def run_loop[T](work: Coroutine[Any, Any, T]) -> T:
     """Run it to its end on uvloop, where that exists; asyncio's own loop does it as well."""
     return asyncio.run(work, loop_factory=uvloop.new_event_loop if uvloop else None)
-
-
-async def _send(
-    plan: Plan, recorder: Recorder, progress: Callable[[Progress], None] | None
-) -> Sent:
-    await self_check()
-    figures = plan.figures
-    wanted = WARM_FACTOR * figures["estimated_peak_in_flight"]
-    warm = allow_files(min(wanted, len(plan), MOST_WARM))
-    async with open_client() as client:
-        sender = Sender(
-            client,
-            recorder,
-            plan.schedule.due_ns.tolist(),
-            plan.outgoing,
-            warm=max(1, warm),
-            timeout_ns=plan.options.timeout_ns,
-            progress=_with_served(progress, recorder) if progress else None,
-        )
-        with _stopped_by_signals(sender.stop):
-            try:
-                return await sender.run()
-            except NO_REPLY as error:
-                raise TokentapeError(
-                    f"{plan.target.address.base}: takes no connection any more "
-                    f"({type(error).__name__})"
-                ) from None
-
-
-def _with_served(
-    tell: Callable[[Progress], None], recorder: Recorder
-) -> Callable[[Progress], None]:
-    """Tell also what the writer process has read of the replies so far."""
-    return lambda state: tell(replace(state, served=recorder.served))
 
 
 @contextmanager

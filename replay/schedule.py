@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 NS_PER_S = 1_000_000_000
+PART = 1 << 18  # entries of an array that are worked on at a time
 OUTSIDE_WINDOW = "outside the window"
 MAX_REQUESTS = "past --max-requests"
 MAX_TOKENS = "past --max-tokens"
@@ -28,8 +29,8 @@ class Offered:
     """
 
     arrival_ns: Ints
-    input_tokens: Ints
-    output_tokens: Ints
+    input_tokens: NDArray[np.int32]
+    output_tokens: NDArray[np.int32]
     duration_ns: Ints
     reason: NDArray[np.int8]
     reasons: tuple[str, ...] = ("",)
@@ -49,7 +50,7 @@ class ScheduleOptions:
 class Schedule:
     """Due times and what they replay.
 
-    due_ns: int64[n], ns after the start of the run, sorted, the first is 0.
+    due_ns: int64[n], ns after the start of the run, sorted; the first of a whole plan is 0.
     source_index: int32[n], the row of the tape that each due time replays.
     left_out: what is not replayed, by reason.
     """
@@ -63,14 +64,15 @@ class Schedule:
 
     @property
     def span_ns(self) -> int:
-        """From the first due request to the last."""
+        """From the start of the run to the last due request."""
         return int(self.due_ns[-1]) if len(self.due_ns) else 0
 
     @property
     def mean_per_s(self) -> float:
         """Requests per second over the span; 0 where a single instant has no rate."""
         gaps = len(self.due_ns) - 1
-        return gaps * NS_PER_S / self.span_ns if gaps > 0 and self.span_ns else 0.0
+        lasting_ns = int(self.due_ns[-1] - self.due_ns[0]) if gaps > 0 else 0
+        return gaps * NS_PER_S / lasting_ns if lasting_ns else 0.0
 
 
 def scale_ns(gap_ns: Ints, speed: Fraction) -> Ints:
@@ -83,8 +85,18 @@ def scale_ns(gap_ns: Ints, speed: Fraction) -> Ints:
         raise ValueError(f"speed {speed} cannot be used: give a positive number such as 2 or 1.5")
     if len(gap_ns) and int(np.max(gap_ns)) * up // down >= 1 << 62:
         raise ValueError(f"speed {speed} cannot be used: the replay would last over a century")
-    whole, rest = np.divmod(gap_ns, np.int64(down))
-    return np.asarray(whole * np.int64(up) + rest * np.int64(up) // np.int64(down), dtype=np.int64)
+    if up == down:
+        return gap_ns
+    scaled = np.empty(len(gap_ns), dtype=np.int64)
+    for part in _parts(len(gap_ns)):
+        whole, rest = np.divmod(gap_ns[part], np.int64(down))
+        scaled[part] = whole * np.int64(up) + rest * np.int64(up) // np.int64(down)
+    return scaled
+
+
+def _parts(count: int) -> list[slice]:
+    """Slices of a long array, so that what is computed on the way stays small."""
+    return [slice(at, min(at + PART, count)) for at in range(0, count, PART)]
 
 
 def make_schedule(offered: Offered, options: ScheduleOptions) -> Schedule:
@@ -94,8 +106,7 @@ def make_schedule(offered: Offered, options: ScheduleOptions) -> Schedule:
     limited plan is the beginning of the full one.
     """
     left_out: dict[str, NDArray[np.int32]] = {}
-    order = np.argsort(offered.arrival_ns, kind="stable").astype(np.int32)
-    arrival = offered.arrival_ns[order]
+    order, arrival = _in_order(offered.arrival_ns)
 
     def keep_only(kept: NDArray[np.bool_], reason: str) -> None:
         nonlocal order, arrival
@@ -109,8 +120,9 @@ def make_schedule(offered: Offered, options: ScheduleOptions) -> Schedule:
     if options.max_requests is not None:
         keep_only(np.arange(len(order)) < options.max_requests, MAX_REQUESTS)
     if options.max_tokens is not None:
-        tokens = offered.input_tokens[order] + offered.output_tokens[order]
-        keep_only(np.cumsum(tokens) <= options.max_tokens, MAX_TOKENS)
+        tokens = np.cumsum(offered.input_tokens[order], dtype=np.int64)
+        tokens += np.cumsum(offered.output_tokens[order], dtype=np.int64)
+        keep_only(tokens <= options.max_tokens, MAX_TOKENS)
     recorded = arrival - arrival[0] if len(arrival) else arrival
     due = scale_ns(recorded, options.speed)
     return Schedule(
@@ -121,6 +133,15 @@ def make_schedule(offered: Offered, options: ScheduleOptions) -> Schedule:
         peak_in_flight=most_in_flight(due, offered.duration_ns[order]),
         left_out=left_out,
     )
+
+
+def _in_order(arrival_ns: Ints) -> tuple[NDArray[np.int32], Ints]:
+    """(rows in order of arrival, their arrivals); nothing is copied where they are in order."""
+    pairs = (arrival_ns[part.start : part.stop + 1] for part in _parts(len(arrival_ns)))
+    if all(bool(np.all(some[1:] >= some[:-1])) for some in pairs):
+        return np.arange(len(arrival_ns), dtype=np.int32), arrival_ns
+    order = np.argsort(arrival_ns, kind="stable").astype(np.int32)
+    return order, arrival_ns[order]
 
 
 def _inside(arrival: Ints, window: tuple[int | None, int | None]) -> NDArray[np.bool_]:
@@ -136,16 +157,20 @@ def _inside(arrival: Ints, window: tuple[int | None, int | None]) -> NDArray[np.
 
 def most_within(due_ns: Ints, width_ns: int) -> int:
     """The most requests that any half-open interval of a width holds."""
-    if not len(due_ns):
-        return 0
-    after = np.searchsorted(due_ns, due_ns + width_ns, side="left")
-    return int((after - np.arange(len(due_ns))).max())
+    most = 0
+    for part in _parts(len(due_ns)):
+        after = np.searchsorted(due_ns, due_ns[part] + width_ns, side="left")
+        most = max(most, int((after - np.arange(part.start, part.stop)).max()))
+    return most
 
 
 def most_in_flight(due_ns: Ints, duration_ns: Ints) -> int:
     """The most requests open at one instant if each takes its duration from its due time."""
-    if not len(due_ns):
-        return 0
-    ends = np.sort(due_ns + duration_ns)
-    ended = np.searchsorted(ends, due_ns, side="right")
-    return int((np.arange(1, len(due_ns) + 1) - np.minimum(ended, np.arange(len(due_ns)))).max())
+    ends = due_ns + duration_ns
+    ends.sort()
+    most = 0
+    for part in _parts(len(due_ns)):
+        ended = np.searchsorted(ends, due_ns[part], side="right")
+        before = np.arange(part.start, part.stop)
+        most = max(most, int((before + 1 - np.minimum(ended, before)).max()))
+    return most

@@ -10,31 +10,31 @@ import asyncio
 import gc
 import platform
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic_ns
 from typing import Any, Protocol
 
 import numpy as np
-from yarl import URL
+from numpy.typing import NDArray
 
+from tokentape.replay.ahead import Ahead, ArmTimes, Outgoing
 from tokentape.replay.health import Health, Watch
 from tokentape.replay.progress import Progress
 from tokentape.replay.timer import AbsoluteTimer, precise_wakeups
 from tokentape.replay.transport import Body, Client, Exchange, Reply
 
+Ints = NDArray[np.int64]
+
 NS_PER_S = 1_000_000_000
 START_AFTER_NS = 100_000_000  # from "all is ready" to the first due time
-ARM_AHEAD_NS = 15_000_000  # arming costs 0.3 to 0.5 ms, so it is done when nothing is due
-ARM_COST_NS = 600_000  # what one is allowed for where many are due together
-MOST_AHEAD_NS = 2 * NS_PER_S  # an armed request holds a connection
 ARMS_PER_TURN = 4  # reads wait no longer than these
 RELEASES_PER_TURN = 64  # of about 40 us
 NO_ARM_NS = 800_000  # before a due time
 SPIN_NS = 60_000  # `precise`: the timer wakes us so much early, the rest is waited for awake
 LATE_NS = 1_000_000  # a later send names its cause
-AHEAD_BYTES = 256 << 20  # bodies held ready
+AHEAD_BYTES = 64 << 20  # requests held ready
 AHEAD_LEAST = 64  # bodies that are ready even when there is never a quiet moment
 QUIET_NS = 2_000_000  # a body is built where nothing is due within this time
 GRACE_S = 2.0  # for what is in flight when the user stops a run
@@ -59,16 +59,6 @@ class Recording(Reply, Protocol):
         """Hand blocks over from now on."""
 
 
-@dataclass(frozen=True)
-class Outgoing:
-    """One request, ready to be sent; `row` holds what its row says whatever happens."""
-
-    url: URL
-    headers: dict[str, str]
-    body: bytes
-    row: dict[str, Any]
-
-
 @dataclass
 class Sent:
     """What became of a plan: `t0_ns` is the instant that due times count from (monotonic)."""
@@ -81,46 +71,6 @@ class Sent:
     health: Health
     outcomes: dict[str, int] = field(default_factory=dict)
     clock_steps: int = 0  # of the wall clock: stamps near one are the process's own
-
-
-class Ahead:
-    """Bodies built before they are due, bounded by bytes."""
-
-    def __init__(self, prepare: Callable[[int], Outgoing], count: int, limit_bytes: int) -> None:
-        self._prepare = prepare
-        self._count = count
-        self._limit_bytes = limit_bytes
-        self._ready: deque[Outgoing] = deque()
-        self._bytes = 0
-        self._built = 0
-
-    def __len__(self) -> int:
-        return len(self._ready)
-
-    @property
-    def first(self) -> Outgoing:
-        """The next one to take, which is ready."""
-        return self._ready[0]
-
-    @property
-    def full(self) -> bool:
-        """True when nothing more is to be built now."""
-        return self._built == self._count or self._bytes >= self._limit_bytes
-
-    def build(self) -> None:
-        """Build the next one."""
-        outgoing = self._prepare(self._built)
-        self._built += 1
-        self._bytes += len(outgoing.body)
-        self._ready.append(outgoing)
-
-    def take(self) -> Outgoing:
-        """The next in order; built on the spot if none is ready."""
-        if not self._ready:
-            self.build()
-        outgoing = self._ready.popleft()
-        self._bytes -= len(outgoing.body)
-        return outgoing
 
 
 @dataclass
@@ -141,7 +91,7 @@ class Sender:
         self,
         client: Client,
         recorder: Recording,
-        due_ns: list[int],
+        due_ns: Ints | Sequence[int],
         prepare: Callable[[int], Outgoing],
         *,
         warm: int = 1,
@@ -153,14 +103,15 @@ class Sender:
     ) -> None:
         self._client = client
         self._recorder = recorder
-        self._due_ns = due_ns
-        self._ahead = Ahead(prepare, len(due_ns), ahead_bytes)
+        due = np.ascontiguousarray(due_ns, dtype=np.int64)
+        self._due_ns = memoryview(due)  # as plain integers, and eight bytes each
+        self._ahead = Ahead(prepare, len(due), ahead_bytes)
         self._warm = warm
         self._timeout_s = None if timeout_ns is None else timeout_ns / NS_PER_S
         self._progress = progress
         self._where = {"host": platform.node(), "worker": worker, "attempt": 1, "copy_index": 0}
         self._spin_ns = SPIN_NS if precise else 0
-        self._arm_ns = arm_times(due_ns)
+        self._arm_ns = ArmTimes(due)
         self._armed: deque[Armed] = deque()  # those of numbers _next to _next_arm
         self._next_arm = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -180,7 +131,7 @@ class Sender:
         watch = Watch(self._loop)
         try:
             with _collector_off():
-                ahead_ns = -min(self._arm_ns[0], 0) if self._arm_ns else 0
+                ahead_ns = -min(self._arm_ns[0], 0) if len(self._arm_ns) else 0
                 self._t0_ns = monotonic_ns() + START_AFTER_NS + ahead_ns
                 self._recorder.flush_every(self._loop)
                 watch.start()
@@ -220,7 +171,7 @@ class Sender:
             self._ahead.build()
             if len(self._ahead) % 64 == 0:
                 await asyncio.sleep(0)  # a signal may want to stop us
-        if not self._due_ns or self._stopped:
+        if not len(self._due_ns) or self._stopped:
             self._posted.set()
             return 0
         return await self._client.connector.warm(self._ahead.first.url, self._warm)
@@ -436,21 +387,8 @@ class Sender:
             in_flight=self._in_flight(),
             late=self._late,
             worst_late_ms=self._worst_ns / 1e6,
-            span_s=self._due_ns[-1] / NS_PER_S if self._due_ns else 0.0,
+            span_s=self._due_ns[-1] / NS_PER_S if len(self._due_ns) else 0.0,
         )
-
-
-def arm_times(due_ns: list[int]) -> list[int]:
-    """When to begin with each request, so that all are ready ARM_AHEAD_NS before they are due.
-
-    Where many are due together the first ones begin earlier, by ARM_COST_NS for each behind them.
-    """
-    if not due_ns:
-        return []
-    due = np.array(due_ns, dtype=np.int64)
-    cost = np.arange(len(due), dtype=np.int64) * ARM_COST_NS
-    latest = np.minimum.accumulate((due - cost)[::-1])[::-1] + cost - ARM_AHEAD_NS
-    return [int(t) for t in np.maximum(latest, due - MOST_AHEAD_NS)]
 
 
 def late_cause(exchange: Exchange, due_ns: int) -> str:

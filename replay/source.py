@@ -1,206 +1,305 @@
 """Reads a tape as the source of a replay: what was asked, how long it was, what it shared.
 
-It keeps columns, not rows, and invents nothing silently: every count that the tape does not hold is
-guessed by one stated rule and counted in `guessed`. It never decides when a request is sent.
+It keeps a few numbers per request, not rows, and reads a bounded part of the tape at a time. It
+invents nothing silently: every count that the tape does not hold is guessed by one stated rule and
+counted in `guessed`. It never decides when a request is sent.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tokentape.replay.prompts import NO_BLOCKS, Blocks
+from tokentape.replay.rows import Group, TapeRows
 from tokentape.replay.schedule import NS_PER_S, Ints, Offered
+from tokentape.replay.sessions import numbered, text_digests
 from tokentape.traces.errors import TapeError
 from tokentape.traces.reader import Tape
+from tokentape.traces.schema import REQUESTS
 
 # Only to size the connection pool where a tape holds no durations: 50 tokens/s after 0.5 s.
 GUESSED_START_NS, GUESSED_NS_PER_TOKEN = NS_PER_S // 2, NS_PER_S // 50
 GUESSED_BYTES_PER_TOKEN = 4.0  # English text in common vocabularies, where a tape cannot tell
+BATCH_ROWS = 64_000  # read at a time
+MOST_TOKENS = (1 << 31) - 1  # of one request
 
 GENERATING = ("chat", "text_completion")
 NO_ENGINE = "never reached an engine ({})"
 NO_TOKENS = "has no output token count"
-_COPIED = ("session_id", "session_source", "turn_index")
-_BLOCK = ("block_tokens", "block_unit", "block_scope", "prefix_partial")
-_COLUMNS = [
-    *("request_id", "arrival_ns", "scheduled_ns", "end_ns", "outcome", "http_status"),
-    *("operation", "stream", "n_choices", "max_tokens", "prompt_bytes", "parents"),
+_COLUMNS = (
+    *("arrival_ns", "scheduled_ns", "end_ns", "outcome", "http_status", "operation", "stream"),
+    *("n_choices", "max_tokens", "prompt_bytes", "parents", "session_id"),
     *("input_tokens", "planned_input_tokens", "output_tokens", "planned_output_tokens"),
-    *_COPIED,
-    *_BLOCK,
-    "block_hashes",
-]
+    *("block_tokens", "block_unit", "prefix_partial"),
+)
+
+Flags = NDArray[np.bool_]
+Small = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Source:
-    """The requests of a tape; every array has one entry per row."""
+    """The requests of a tape; every array has one entry per row, in the order of the tape.
+
+    sessions: the same number for the same session, -1 where there is none. dependent: requests
+    that had to wait for others when they were recorded.
+    """
 
     tape_id: str
-    table: pa.Table
-    request_ids: list[bytes]
-    input_tokens: Ints
-    output_tokens: Ints
-    offered: Offered
-    chat: NDArray[np.bool_]
-    stream: NDArray[np.bool_]
-    sessions: Ints
+    rows: TapeRows
+    input_tokens: Small
+    output_tokens: Small
+    chat: Flags
+    stream: Flags
+    several_choices: Flags
+    sessions: Small
+    dependent: int
+    with_blocks: bool
+    approximate_blocks: bool  # counted in bytes, so that shared prefixes are about right only
     guessed: dict[str, int]
-    bytes_per_token: float
 
     def __len__(self) -> int:
-        return len(self.request_ids)
-
-    @property
-    def approximate_blocks(self) -> bool:
-        """True when blocks are counted in bytes, so that shared prefixes are about right only."""
-        units = self.table["block_unit"]
-        return bool(pc.any(pc.equal(units, "byte")).as_py())
-
-    @property
-    def dependent(self) -> int:
-        """Requests that had to wait for others when they were recorded."""
-        return int(pc.sum(pc.greater(pc.list_value_length(self.table["parents"]), 0)).as_py() or 0)
-
-    def blocks(self, index: int) -> Blocks:
-        """The prefix blocks of a request, in tokens."""
-        if "block_hashes" not in self._taken:
-            return NO_BLOCKS
-        hashes = self._taken["block_hashes"][index]
-        if not hashes.is_valid or not len(hashes.values):
-            return NO_BLOCKS
-        size = int(self.table["block_tokens"][index].as_py() or 0)
-        if self.table["block_unit"][index].as_py() == "byte":
-            size = round(size / self.bytes_per_token)
-        scope = self.table["block_scope"][index].as_py()
-        session = str(self.table["session_id"][index].as_py()) if scope == "session" else ""
-        return Blocks(hashes.values.to_numpy(), max(1, size), session)
-
-    def columns(self, index: int) -> dict[str, Any]:
-        """Columns that a replayed request takes over from its source."""
-        cells = {name: column[index] for name, column in self._taken.items()}
-        return {name: cell.as_py() for name, cell in cells.items() if cell.is_valid}
-
-    @cached_property
-    def _taken(self) -> dict[str, pa.Array]:
-        """The columns taken over that say anything at all."""
-        taken = {n: self.table[n].combine_chunks() for n in (*_COPIED, *_BLOCK, "block_hashes")}
-        return {name: column for name, column in taken.items() if column.null_count < len(self)}
+        return len(self.input_tokens)
 
 
-def read_source(tape: Tape, *, include_failed: bool = False) -> Source:
+def read_source(tape: Tape, *, include_failed: bool = False) -> tuple[Source, Offered]:
     """Read what a replay needs; TapeError when the tape holds no request at all."""
     if not tape.rows:
         rest = f" ({tape.unsealed_rows} rows unsealed: run recover)" if tape.unsealed_rows else ""
         raise TapeError(f"{tape.path}: holds no request{rest}")
-    table = tape.read(_COLUMNS).combine_chunks()
-    reason, reasons = _reasons(table, include_failed=include_failed)
-    bytes_per_token = _bytes_per_token(table)
+    groups: list[Group] = []
+    scan = _Scan(tape.rows, include_failed=include_failed)
+    for table in _batches(tape, groups):
+        scan.take(table)
+    pa.default_memory_pool().release_unused()
     guessed: dict[str, int] = {}
-    input_tokens = _input_tokens(table, guessed)
-    output_tokens = _output_tokens(table, guessed)
-    arrival = _ints(pc.coalesce(table["arrival_ns"], table["scheduled_ns"]))
-    duration = GUESSED_START_NS + GUESSED_NS_PER_TOKEN * output_tokens
-    recorded = _ints(pc.subtract(table["end_ns"], table["arrival_ns"]), -1)
+    inputs, outputs = scan.input_tokens(guessed), scan.output_tokens(guessed)
+    guess = GUESSED_START_NS + GUESSED_NS_PER_TOKEN * outputs.astype(np.int64)
+    reason, reasons = scan.reasons()
     offered = Offered(
-        arrival_ns=arrival,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        duration_ns=np.where(recorded > 0, recorded, duration),
+        arrival_ns=scan.arrival_ns,
+        input_tokens=inputs,
+        output_tokens=outputs,
+        duration_ns=np.where(scan.duration_ns > 0, scan.duration_ns, guess),
         reason=reason,
         reasons=reasons,
     )
-    return Source(
+    source = Source(
         tape_id=str(tape.facts["tape_id"]),
-        table=table,
-        request_ids=_ids(table["request_id"]),
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        offered=offered,
-        chat=_flags(pc.equal(table["operation"], "chat")),
-        stream=_flags(pc.fill_null(table["stream"], fill_value=True)),
-        sessions=_ints(table["session_id"].combine_chunks().dictionary_encode().indices, -1),
+        rows=TapeRows(groups, scan.bytes_per_token),
+        input_tokens=inputs,
+        output_tokens=outputs,
+        chat=scan.chat,
+        stream=scan.stream,
+        several_choices=scan.several_choices,
+        sessions=numbered(scan.sessions),
+        dependent=scan.dependent,
+        with_blocks=scan.with_blocks,
+        approximate_blocks=scan.approximate_blocks,
         guessed={name: n for name, n in guessed.items() if n},
-        bytes_per_token=bytes_per_token,
     )
+    return source, offered
 
 
-def _reasons(table: pa.Table, *, include_failed: bool) -> tuple[NDArray[np.int8], tuple[str, ...]]:
-    """Why a row is not replayed, as numbers of a list whose first entry means that it is."""
-    operation = pc.fill_null(table["operation"], "text_completion")
-    outcome = pc.fill_null(table["outcome"], "")
-    status = _ints(table["http_status"])
-    tokens = _ints(pc.coalesce(table["output_tokens"], table["planned_output_tokens"]), -1)
-    delivered = _ints(table["output_tokens"], -1)  # what was planned says nothing of a refusal
-    failed = _flags(pc.equal(outcome, "http_error")) & (delivered <= 0)
-    rules: list[tuple[str, NDArray[np.bool_]]] = [
-        (f"operation {name}", _flags(pc.equal(operation, name)))
-        for name in sorted(set(pc.unique(operation).to_pylist()) - set(GENERATING))
-    ]
-    if not include_failed:
-        refused = _flags(pc.equal(outcome, "connect_error"))
-        rules += [(NO_ENGINE.format("connect_error"), refused)]
-        rules += [
-            (NO_ENGINE.format(f"http_error {code}"), failed & (status == code))
-            for code in np.unique(status[failed]).tolist()
+def _batches(tape: Tape, groups: list[Group]) -> Iterator[pa.Table]:
+    """The tape's columns in batches; `groups` gets all row groups on the way."""
+    position = 0
+    for segment in tape.segments:
+        with pq.ParquetFile(segment.path) as file:
+            names = set(file.schema_arrow.names)
+            batch: list[int] = []
+            rows = 0
+            for number in range(file.num_row_groups):
+                count = file.metadata.row_group(number).num_rows
+                groups.append(Group(segment.path, number, position, count))
+                position += count
+                batch.append(number)
+                rows += count
+                if rows >= BATCH_ROWS:
+                    yield _whole(file.read_row_groups(batch, _wanted(names, file, batch)), rows)
+                    batch, rows = [], 0
+            if batch:
+                yield _whole(file.read_row_groups(batch, _wanted(names, file, batch)), rows)
+
+
+def _wanted(present: set[str], file: pq.ParquetFile, batch: list[int]) -> list[str]:
+    """The columns to read; lists of hashes only where their number must be known."""
+    wanted = [name for name in _COLUMNS if name in present]
+    if "block_unit" in present:
+        units = file.read_row_groups(batch, ["block_unit"])["block_unit"]
+        if pc.any(pc.equal(units, "byte")).as_py():
+            wanted.append("block_hashes")
+    return wanted
+
+
+def _whole(table: pa.Table, rows: int) -> pa.Table:
+    """With every column that is read, NULL where the segment is too old to have it."""
+    for name in _COLUMNS:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(rows, REQUESTS.field(name).type))
+    return table.combine_chunks()
+
+
+class _Scan:
+    """Adds up a tape, batch after batch. Arrays have one entry per row of the tape."""
+
+    def __init__(self, rows: int, *, include_failed: bool) -> None:
+        self._include_failed = include_failed
+        self._at = 0
+        self.arrival_ns = np.empty(rows, dtype=np.int64)
+        self.duration_ns = np.empty(rows, dtype=np.int64)  # 0 or less where it is not known
+        self.sessions = np.empty(rows, dtype=np.uint64)
+        self._inputs = np.empty(rows, dtype=np.int32)  # -1 where it is not known
+        self._outputs = np.empty(rows, dtype=np.int32)
+        self._reason = np.zeros(rows, dtype=np.int8)
+        self.chat, self.stream, self.several_choices = (
+            np.empty(rows, dtype=np.bool_) for _ in range(3)
+        )
+        self._names: list[tuple[int, str]] = [(0, "")]  # (rank, reason) by number
+        self._failed = _Some()  # output tokens asked for by failed requests
+        self._lengthless = _Some()  # prompt bytes of requests without prompt tokens
+        self._bytes = self._tokens = 0  # of prompts that have both
+        self._block_units = self._block_tokens = 0  # of prompts with blocks of bytes
+        self.dependent = 0
+        self.with_blocks = self.approximate_blocks = False
+
+    def take(self, table: pa.Table) -> None:
+        """Add a batch."""
+        here = slice(self._at, self._at + table.num_rows)
+        self.arrival_ns[here] = _ints(pc.coalesce(table["arrival_ns"], table["scheduled_ns"]))
+        self.duration_ns[here] = _ints(pc.subtract(table["end_ns"], table["arrival_ns"]), -1)
+        self.sessions[here] = text_digests(table["session_id"].combine_chunks())
+        self.chat[here] = _flags(pc.equal(table["operation"], "chat"))
+        self.stream[here] = _flags(pc.fill_null(table["stream"], fill_value=True))
+        self.several_choices[here] = _flags(pc.greater(table["n_choices"], 1))
+        self._reason[here] = self._reasons(table)
+        parents = pc.greater(pc.list_value_length(table["parents"]), 0)
+        self.dependent += int(pc.sum(parents).as_py() or 0)
+        self.with_blocks |= table["block_unit"].null_count < table.num_rows
+        self._take_inputs(table, here)
+        self._take_outputs(table, here)
+        if "block_hashes" in table.column_names:
+            self._take_byte_blocks(table)
+        self._at = here.stop
+
+    def _take_inputs(self, table: pa.Table, here: slice) -> None:
+        known = pc.coalesce(table["input_tokens"], table["planned_input_tokens"])
+        self._inputs[here] = _tokens(known, -1)
+        prompt_bytes = _ints(table["prompt_bytes"], -1)
+        counted = _ints(table["input_tokens"])
+        both = (prompt_bytes >= 0) & (counted > 0)
+        self._bytes += int(prompt_bytes[both].sum())
+        self._tokens += int(counted[both].sum())
+        missing = np.flatnonzero(self._inputs[here] < 0)
+        self._lengthless.add(missing + here.start, np.maximum(prompt_bytes[missing], 0))
+
+    def _take_outputs(self, table: pa.Table, here: slice) -> None:
+        """Aborted requests keep what they had; a failed one gets its limit, or the median."""
+        known = _tokens(pc.coalesce(table["output_tokens"], table["planned_output_tokens"]), -1)
+        self._outputs[here] = np.maximum(known, 0)
+        outcome = pc.fill_null(table["outcome"], "")
+        failed = _flags(pc.is_in(outcome, pa.array(["http_error", "connect_error"]))) & (known <= 0)
+        limit = _tokens(table["max_tokens"], -1)
+        self._failed.add(np.flatnonzero(failed) + here.start, limit[failed])
+
+    def _take_byte_blocks(self, table: pa.Table) -> None:
+        byte = pc.fill_null(pc.equal(table["block_unit"], "byte"), fill_value=False)
+        self.approximate_blocks |= bool(pc.any(byte).as_py())
+        rows = table.filter(pc.and_(byte, pc.greater(table["input_tokens"], 0)))
+        full = pc.multiply(pc.list_value_length(rows["block_hashes"]), rows["block_tokens"])
+        self._block_units += int(pc.sum(full).as_py() or 0)
+        self._block_units += int(pc.sum(rows["prefix_partial"]).as_py() or 0)
+        self._block_tokens += int(pc.sum(rows["input_tokens"]).as_py() or 0)
+
+    def _reasons(self, table: pa.Table) -> NDArray[np.int8]:
+        """Why a row is not replayed, as numbers of `_names`; 0 means that it is."""
+        operation = pc.fill_null(table["operation"], "text_completion")
+        outcome = pc.fill_null(table["outcome"], "")
+        status = _ints(table["http_status"])
+        tokens = _ints(pc.coalesce(table["output_tokens"], table["planned_output_tokens"]), -1)
+        delivered = _ints(table["output_tokens"], -1)  # what was planned says nothing of a refusal
+        failed = _flags(pc.equal(outcome, "http_error")) & (delivered <= 0)
+        rules: list[tuple[int, str, Flags]] = [
+            (1, f"operation {name}", _flags(pc.equal(operation, name)))
+            for name in sorted(set(pc.unique(operation).to_pylist()) - set(GENERATING))
         ]
-        unknown = (tokens < 0) & _flags(pc.is_in(outcome, pa.array(["ok", ""])))
-        rules += [(NO_TOKENS, unknown)]
-    reason = np.zeros(table.num_rows, dtype=np.int8)
-    kept = [("", np.zeros(0, dtype=np.bool_)), *((n, m) for n, m in rules if m.any())]
-    for number, (_, mask) in enumerate(kept[1:], 1):
-        reason[mask & (reason == 0)] = number
-    return reason, tuple(name for name, _ in kept)
+        if not self._include_failed:
+            refused = _flags(pc.equal(outcome, "connect_error"))
+            rules += [(2, NO_ENGINE.format("connect_error"), refused)]
+            rules += [
+                (3, NO_ENGINE.format(f"http_error {code}"), failed & (status == code))
+                for code in np.unique(status[failed]).tolist()
+            ]
+            unknown = (tokens < 0) & _flags(pc.is_in(outcome, pa.array(["ok", ""])))
+            rules += [(4, NO_TOKENS, unknown)]
+        reason = np.zeros(table.num_rows, dtype=np.int8)
+        for rank, name, mask in rules:
+            if mask.any():
+                if (rank, name) not in self._names:
+                    self._names.append((rank, name))
+                reason[mask & (reason == 0)] = self._names.index((rank, name))
+        return reason
+
+    # -- what the whole tape says -----------------------------------------------------------------
+
+    def reasons(self) -> tuple[NDArray[np.int8], tuple[str, ...]]:
+        """Numbers of a list of reasons, in one order however the tape is cut into segments."""
+        ordered = sorted(self._names)
+        places = np.array([ordered.index(name) for name in self._names], dtype=np.int8)
+        return places[self._reason], tuple(name for _, name in ordered)
+
+    def input_tokens(self, guessed: dict[str, int]) -> Small:
+        """Prompt tokens; where there are none they follow from the prompt's bytes."""
+        ratio = self._bytes / self._tokens if self._tokens else GUESSED_BYTES_PER_TOKEN
+        places, sizes = self._lengthless.all()
+        self._inputs[places] = np.minimum(np.maximum(1, sizes / ratio), MOST_TOKENS)
+        guessed[f"prompt tokens guessed from bytes ({ratio:.1f} per token)"] = len(places)
+        return self._inputs
+
+    def output_tokens(self, guessed: dict[str, int]) -> Small:
+        """Completion tokens, those that failed requests had asked for included."""
+        places, limits = self._failed.all()
+        if len(places):
+            answered = self._outputs[self._outputs > 0]
+            median = int(np.median(answered)) if len(answered) else 1
+            self._outputs[places] = np.where(limits < 0, median, limits)
+        guessed["output tokens of failed requests guessed"] = len(places)
+        return self._outputs
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of prompt text per token, by the rows whose blocks are counted in bytes.
+
+        One ratio for the whole tape: equal blocks must get equal lengths, or they would not be
+        shared.
+        """
+        known = self._block_units and self._block_tokens
+        return self._block_units / self._block_tokens if known else GUESSED_BYTES_PER_TOKEN
 
 
-def _input_tokens(table: pa.Table, guessed: dict[str, int]) -> Ints:
-    known = pc.coalesce(table["input_tokens"], table["planned_input_tokens"])
-    missing = ~_flags(pc.is_valid(known))
-    ratio = _prompt_bytes_per_token(table)
-    guess = np.maximum(1, _ints(table["prompt_bytes"]) / ratio).astype(np.int64)
-    guessed[f"prompt tokens guessed from bytes ({ratio:.1f} per token)"] = int(missing.sum())
-    return np.where(missing, guess, _ints(known))
+@dataclass
+class _Some:
+    """A value for some rows."""
 
+    places: list[NDArray[np.int64]] = field(default_factory=list)
+    values: list[Ints] = field(default_factory=list)
 
-def _output_tokens(table: pa.Table, guessed: dict[str, int]) -> Ints:
-    """Aborted requests keep what they had; a failed one gets its limit, or the tape's median."""
-    known = pc.coalesce(table["output_tokens"], table["planned_output_tokens"])
-    tokens = _ints(known)
-    outcome = pc.fill_null(table["outcome"], "")
-    failed = _flags(pc.is_in(outcome, pa.array(["http_error", "connect_error"])))
-    failed &= ~_flags(pc.is_valid(known)) | (tokens == 0)
-    answered = tokens[tokens > 0]
-    median = int(np.median(answered)) if len(answered) else 1
-    guessed["output tokens of failed requests guessed"] = int(failed.sum())
-    return np.where(failed, _ints(table["max_tokens"], median), tokens)
+    def add(self, places: NDArray[np.int64], values: Any) -> None:
+        if len(places):
+            self.places.append(places)
+            self.values.append(np.asarray(values, dtype=np.int64))
 
-
-def _prompt_bytes_per_token(table: pa.Table) -> float:
-    both = pc.and_(pc.is_valid(table["prompt_bytes"]), pc.greater(table["input_tokens"], 0))
-    known = table.select(["prompt_bytes", "input_tokens"]).filter(both)
-    tokens = int(pc.sum(known["input_tokens"]).as_py() or 0)
-    return (
-        int(pc.sum(known["prompt_bytes"]).as_py()) / tokens if tokens else GUESSED_BYTES_PER_TOKEN
-    )
-
-
-def _bytes_per_token(table: pa.Table) -> float:
-    """Bytes of prompt text per token, by the rows whose blocks are counted in bytes.
-
-    One ratio for the whole tape: equal blocks must get equal lengths, or they would not be shared.
-    """
-    rows = table.filter(
-        pc.and_(pc.equal(table["block_unit"], "byte"), pc.greater(table["input_tokens"], 0))
-    )
-    full = pc.multiply(pc.list_value_length(rows["block_hashes"]), rows["block_tokens"])
-    units = int(pc.sum(full).as_py() or 0) + int(pc.sum(rows["prefix_partial"]).as_py() or 0)
-    tokens = int(pc.sum(rows["input_tokens"]).as_py() or 0)
-    return units / tokens if units and tokens else GUESSED_BYTES_PER_TOKEN
+    def all(self) -> tuple[NDArray[np.int64], Ints]:
+        nothing = np.empty(0, dtype=np.int64)
+        return (
+            np.concatenate(self.places) if self.places else nothing,
+            np.concatenate(self.values) if self.values else nothing,
+        )
 
 
 def _ints(column: Any, missing: int = 0) -> Ints:
@@ -213,9 +312,9 @@ def _ints(column: Any, missing: int = 0) -> Ints:
     )
 
 
-def _flags(column: Any) -> NDArray[np.bool_]:
+def _tokens(column: Any, missing: int) -> Small:
+    return np.minimum(_ints(column, missing), MOST_TOKENS).astype(np.int32)
+
+
+def _flags(column: Any) -> Flags:
     return np.asarray(pc.fill_null(column, fill_value=False), dtype=np.bool_)
-
-
-def _ids(column: Any) -> list[bytes]:
-    return list(column.combine_chunks().storage.to_pylist())

@@ -13,6 +13,7 @@ from tokentape.replay.prompts import Length
 from tokentape.replay.targets import Form
 from tokentape.traces.errors import TapeError, UsageError
 from tokentape.traces.importers import import_trace
+from tokentape.traces.reader import open_tape
 from tokentape.traces.writer import TapeWriter
 
 SECOND = 1_000_000_000
@@ -191,7 +192,7 @@ def test_the_azure_trace_is_planned_whole(tmp_path: Path) -> None:
     import_trace("azure", [path], tmp_path / "t")
     plan = make_plan(options(tmp_path / "t", speed=Fraction(2)), offline=True)
     assert len(plan) == plan.figures["requests_on_tape"] == 8819
-    ends = plan.source.offered.arrival_ns
+    ends = open_tape(tmp_path / "t").read(["arrival_ns"])["arrival_ns"].to_numpy()
     assert plan.schedule.span_ns == (int(ends.max()) - int(ends.min())) // 2
     assert plan.figures["input_tokens"] == int(plan.source.input_tokens.sum())
     assert not plan.figures["left_out"]

@@ -14,8 +14,9 @@ from yarl import URL
 
 from replay_server import HEAD, LAST, Script, Seen, Server, Step, chunk, plain, serve
 from tokentape.replay import sender
+from tokentape.replay.ahead import Outgoing
 from tokentape.replay.progress import Progress
-from tokentape.replay.sender import Ahead, Outgoing, Sender, Sent, late_cause
+from tokentape.replay.sender import Sender, Sent, late_cause
 from tokentape.replay.transport import Exchange, open_client
 from tokentape.traces.blocks import NO_STAMP
 
@@ -203,21 +204,6 @@ def test_a_second_stop_ends_at_once() -> None:
     sent, _, _ = send(lambda _: [HEAD, 30.0], [0, 0], warm=2, during=twice)
     assert sent.outcomes == {"cut": 2}
     assert monotonic_ns() - began < 1_900 * MS + sender.START_AFTER_NS
-
-
-def test_bodies_are_built_ahead_within_the_limit_and_in_order() -> None:
-    built: list[int] = []
-
-    def prepare(number: int) -> Outgoing:
-        built.append(number)
-        return Outgoing(URL("http://h/"), {}, b"x" * 100, {"n": number})
-
-    ahead = Ahead(prepare, 10, limit_bytes=350)
-    while not ahead.full:
-        ahead.build()
-    assert built == [0, 1, 2, 3]
-    assert [ahead.take().row["n"] for _ in range(10)] == list(range(10))
-    assert ahead.full and built == list(range(10))
 
 
 def test_a_run_with_little_room_for_bodies_sends_them_all() -> None:

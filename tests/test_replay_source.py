@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tokentape.replay.schedule import ScheduleOptions, make_schedule
@@ -25,8 +24,8 @@ def tape(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def left_out(path: Path, *, include_failed: bool = False) -> dict[str, list[int]]:
-    source = read_source(open_tape(path), include_failed=include_failed)
-    plan = make_schedule(source.offered, ScheduleOptions())
+    _, offered = read_source(open_tape(path), include_failed=include_failed)
+    plan = make_schedule(offered, ScheduleOptions())
     return {reason: rows.tolist() for reason, rows in plan.left_out.items()}
 
 
@@ -72,7 +71,7 @@ def test_aborted_requests_keep_what_they_had_and_failed_ones_get_their_limit(
         {"output_tokens": 9},
         {"output_tokens": None, "planned_output_tokens": 4},
     ]
-    source = read_source(open_tape(tape(tmp_path / "t", rows)), include_failed=True)
+    source, _ = read_source(open_tape(tape(tmp_path / "t", rows)), include_failed=True)
     assert source.output_tokens.tolist() == [2, 0, 77, 4, 9, 4]
     assert source.guessed == {"output tokens of failed requests guessed": 2}
 
@@ -86,7 +85,7 @@ def test_missing_prompt_lengths_are_guessed_by_the_tapes_own_ratio_and_counted(
         {"input_tokens": None, "prompt_bytes": 500, "planned_input_tokens": 7},
         {"input_tokens": None},
     ]
-    source = read_source(open_tape(tape(tmp_path / "t", rows)))
+    source, _ = read_source(open_tape(tape(tmp_path / "t", rows)))
     assert source.input_tokens.tolist() == [100, 10, 7, 1]
     assert source.guessed == {"prompt tokens guessed from bytes (5.0 per token)": 2}
 
@@ -99,13 +98,13 @@ def test_blocks_come_with_their_size_and_their_scope(tmp_path: Path) -> None:
         block | {"block_hashes": [], "block_scope": "tape"},
         {},
     ]
-    source = read_source(open_tape(tape(tmp_path / "t", rows)))
-    assert source.blocks(0).hashes.tolist() == [1, -2]
-    assert (source.blocks(0).block_tokens, source.blocks(0).namespace) == (4, "")
-    assert source.blocks(1).namespace == "s"
-    assert len(source.blocks(2).hashes) == len(source.blocks(3).hashes) == 0
-    assert source.columns(0)["block_hashes"] == [1, -2]
-    assert source.columns(1)["session_id"] == "s" and source.columns(3) == {}
+    source, _ = read_source(open_tape(tape(tmp_path / "t", rows)))
+    assert source.rows.blocks(0).hashes.tolist() == [1, -2]
+    assert (source.rows.blocks(0).block_tokens, source.rows.blocks(0).namespace) == (4, "")
+    assert source.rows.blocks(1).namespace == "s"
+    assert len(source.rows.blocks(2).hashes) == len(source.rows.blocks(3).hashes) == 0
+    assert source.rows.columns(0)["block_hashes"] == [1, -2]
+    assert source.rows.columns(1)["session_id"] == "s" and source.rows.columns(3) == {}
     assert not source.approximate_blocks
 
 
@@ -120,16 +119,16 @@ def test_byte_blocks_become_token_blocks_of_one_length_for_the_whole_tape(tmp_pa
             "input_tokens": tokens,
         }
 
-    source = read_source(open_tape(tape(tmp_path / "t", [row(130, 1, 8), row(250, 1, 488)])))
+    source, _ = read_source(open_tape(tape(tmp_path / "t", [row(130, 1, 8), row(250, 1, 488)])))
     assert source.approximate_blocks
-    assert source.bytes_per_token == 4.0
-    assert source.blocks(0).block_tokens == source.blocks(1).block_tokens == 128
+    assert source.rows.bytes_per_token == 4.0
+    assert source.rows.blocks(0).block_tokens == source.rows.blocks(1).block_tokens == 128
 
 
 def test_durations_are_recorded_ones_where_there_are_any(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"end_ns": 3 * SECOND}, {"output_tokens": 100}]
-    source = read_source(open_tape(tape(tmp_path / "t", rows)))
-    assert source.offered.duration_ns.tolist() == [3 * SECOND, SECOND // 2 + 2 * SECOND]
+    _, offered = read_source(open_tape(tape(tmp_path / "t", rows)))
+    assert offered.duration_ns.tolist() == [3 * SECOND, SECOND // 2 + 2 * SECOND]
 
 
 def test_sessions_and_dependent_requests_are_counted(tmp_path: Path) -> None:
@@ -139,7 +138,7 @@ def test_sessions_and_dependent_requests_are_counted(tmp_path: Path) -> None:
         {"session_id": "b", "parents": []},
         {},
     ]
-    source = read_source(open_tape(tape(tmp_path / "t", rows)))
+    source, _ = read_source(open_tape(tape(tmp_path / "t", rows)))
     assert source.dependent == 1
     assert source.sessions[0] == source.sessions[1] != source.sessions[2]
     assert source.sessions[3] == -1
@@ -153,12 +152,11 @@ def test_rows_in_any_order_are_read_by_arrival_and_a_plan_time_stands_in_for_it(
         {"arrival_ns": 4 * SECOND, "input_tokens": 2},
         {"arrival_ns": None, "scheduled_ns": 7 * SECOND, "input_tokens": 3},
     ]
-    source = read_source(open_tape(tape(tmp_path / "t", rows)))
-    plan = make_schedule(source.offered, ScheduleOptions())
+    source, offered = read_source(open_tape(tape(tmp_path / "t", rows)))
+    plan = make_schedule(offered, ScheduleOptions())
     assert source.input_tokens[plan.source_index].tolist() == [2, 3, 1]
     assert plan.due_ns.tolist() == [0, 3 * SECOND, 5 * SECOND]
     assert source.stream.all() and not source.chat.any()
-    assert source.output_tokens.dtype == np.int64
 
 
 def test_an_empty_tape_is_one_clear_line(tmp_path: Path) -> None:

@@ -29,9 +29,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tokentape.replay.ahead import Outgoing
 from tokentape.replay.plan import Plan, ReplayOptions, make_plan
 from tokentape.replay.run import run_plan
-from tokentape.replay.sender import Outgoing
 from tokentape.traces.reader import Tape, open_tape
 from tokentape.traces.writer import TapeWriter
 

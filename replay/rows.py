@@ -1,0 +1,249 @@
+"""Rows of a tape that are read when they are sent: ids, sessions, prefix blocks.
+
+A plan keeps a few numbers per request; all else stays in the segments, and a row group is read when
+the first of its rows comes up and dropped after the last. So a tape of any length needs the memory
+of a few row groups. `ReadAhead` reads in a thread: a segment's bytes must not stop the event loop.
+"""
+
+import contextlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tokentape.replay.prompts import NO_BLOCKS, Blocks
+from tokentape.traces.errors import TapeError
+
+SESSION = ("session_id", "session_source", "turn_index")
+BLOCK = ("block_tokens", "block_unit", "block_scope", "prefix_partial")
+COPIED = (*SESSION, *BLOCK, "block_hashes")
+GROUPS_KEPT = 4  # where rows are asked for in no known order
+OPEN_FILES = 4
+LOOK_AHEAD = 8_000  # requests: two row groups of the size that a tape is written with
+NICER = 5  # than the event loop, for the thread that reads
+
+Positions = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row group: `first` is the position of its first row on the tape."""
+
+    file: Path
+    number: int
+    first: int
+    rows: int
+
+
+class _Loaded:
+    """The columns of a row group that say anything at all."""
+
+    def __init__(self, table: pa.Table) -> None:
+        columns = {name: table[name].combine_chunks() for name in table.column_names}
+        self._ids = columns.pop("request_id").storage
+        self.columns = {n: c for n, c in columns.items() if c.null_count < len(c)}
+
+    def request_id(self, at: int) -> bytes:
+        return bytes(self._ids[at].as_py())
+
+    def cell(self, name: str, at: int) -> Any:
+        column = self.columns.get(name)
+        return None if column is None else column[at].as_py()
+
+
+class TapeRows:
+    """Rows by their position on a tape: segment after segment, as they lie in the files.
+
+    It can be sent to another process: what has been read stays here.
+    """
+
+    def __init__(self, groups: Sequence[Group], bytes_per_token: float = 1.0) -> None:
+        """Args: bytes_per_token: of prompt text, to count blocks of bytes in tokens."""
+        self.groups = list(groups)
+        self.bytes_per_token = bytes_per_token
+        self.starts = np.array([g.first for g in self.groups], dtype=np.int64)
+        self.misses = 0  # row groups that were read while somebody waited
+        self._clear()
+
+    def _clear(self) -> None:
+        self._loaded: OrderedDict[int, _Loaded] = OrderedDict()
+        self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
+        self._lock = threading.Lock()
+        self._keep: int | None = GROUPS_KEPT
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what has been read."""
+        return {"groups": self.groups, "bytes_per_token": self.bytes_per_token}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As new."""
+        self.__init__(**state)  # type: ignore[misc]
+
+    def request_id(self, position: int) -> bytes:
+        """The id of a request."""
+        loaded, at = self._find(position)
+        return loaded.request_id(at)
+
+    def columns(self, position: int) -> dict[str, Any]:
+        """Columns that a replayed request takes over from its source; no NULL is among them."""
+        loaded, at = self._find(position)
+        cells = {name: column[at] for name, column in loaded.columns.items()}
+        return {name: cell.as_py() for name, cell in cells.items() if cell.is_valid}
+
+    def blocks(self, position: int) -> Blocks:
+        """The prefix blocks of a request, in tokens."""
+        loaded, at = self._find(position)
+        if "block_hashes" not in loaded.columns:
+            return NO_BLOCKS
+        hashes = loaded.columns["block_hashes"][at]
+        if not hashes.is_valid or not len(hashes.values):
+            return NO_BLOCKS
+        size = int(loaded.cell("block_tokens", at) or 0)
+        if loaded.cell("block_unit", at) == "byte":
+            size = round(size / self.bytes_per_token)
+        local = loaded.cell("block_scope", at) == "session"
+        session = str(loaded.cell("session_id", at)) if local else ""
+        return Blocks(hashes.values.to_numpy(), max(1, size), session)
+
+    def group_of(self, positions: Positions) -> NDArray[np.int32]:
+        """The row groups that hold these positions."""
+        return (np.searchsorted(self.starts, positions, side="right") - 1).astype(np.int32)
+
+    def read(self, group: int, columns: Sequence[str]) -> pa.Table:
+        """Columns of a row group; those that an old segment lacks are not there."""
+        with self._lock:
+            return self._read(group, columns)
+
+    def load(self, group: int) -> None:
+        """Have a row group ready."""
+        with self._lock:
+            if group not in self._loaded:
+                self._loaded[group] = _Loaded(self._read(group, ("request_id", *COPIED)))
+                while self._keep is not None and len(self._loaded) > self._keep:
+                    self._loaded.popitem(last=False)
+
+    def keep(self, groups: int | None) -> None:
+        """How many row groups stay, the latest ones; None: all until they are dropped."""
+        self._keep = groups
+
+    def drop(self, group: int) -> None:
+        """Forget a row group."""
+        self._loaded.pop(group, None)
+
+    @property
+    def held(self) -> int:
+        """Row groups in memory."""
+        return len(self._loaded)
+
+    def _find(self, position: int) -> tuple[_Loaded, int]:
+        group = int(np.searchsorted(self.starts, position, side="right")) - 1
+        loaded = self._loaded.get(group)
+        while loaded is None:
+            self.misses += 1
+            self.load(group)
+            loaded = self._loaded.get(group)
+        return loaded, position - self.groups[group].first
+
+    def _read(self, group: int, columns: Sequence[str]) -> pa.Table:
+        where = self.groups[group]
+        try:
+            file = self._opened(where.file)
+            present = set(file.schema_arrow.names)
+            wanted = [name for name in columns if name in present]
+            return file.read_row_group(where.number, wanted, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            why = str(error).splitlines()[0][:160]
+            raise TapeError(f"{where.file}: cannot be read any more ({why})") from None
+
+    def _opened(self, path: Path) -> pq.ParquetFile:
+        file = self._files.get(path)
+        if file is None:
+            file = self._files[path] = pq.ParquetFile(path)
+            while len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        return file
+
+
+class ReadAhead:
+    """Reads the row groups of a share in the order in which its requests come up.
+
+    `passed` is told how many requests have been built; it never waits. `most_held`: row groups
+    that are needed at one time, because rows were sealed in another order than they arrived.
+    """
+
+    def __init__(self, rows: TapeRows, positions: Positions) -> None:
+        self._rows = rows
+        groups = rows.group_of(positions)
+        count = len(positions)
+        first, last = np.full(len(rows.groups), count), np.full(len(rows.groups), -1)
+        numbers = np.arange(count, dtype=np.int32)
+        last[groups] = numbers  # of equal places the last one stays
+        first[groups[::-1]] = numbers[::-1]
+        used = np.flatnonzero(last >= 0)
+        self._opening = used[np.argsort(first[used], kind="stable")]
+        self._first = np.sort(first[used])
+        self._closing = used[np.argsort(last[used], kind="stable")]
+        self._last = np.sort(last[used])
+        ended = np.searchsorted(self._last, self._first, side="left")
+        self.most_held = int((np.arange(1, len(used) + 1) - ended).max(initial=0))
+        self._last_of = last
+        self._built = self._loaded = self._dropped = 0
+        self._wanted = 0  # row groups that are to be there
+        self._wake = threading.Event()
+        self._ended = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Read what comes first, here and now, and go on in a thread."""
+        self._rows.keep(None)
+        self.passed(0)
+        while self._loaded < self._wanted:
+            self._load_next()
+        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
+        self._thread.start()
+
+    def passed(self, built: int) -> None:
+        """So many requests have been built; what they alone needed goes, what is next comes."""
+        self._built = built
+        while self._dropped < len(self._last) and self._last[self._dropped] < built:
+            self._rows.drop(int(self._closing[self._dropped]))
+            self._dropped += 1
+        wanted = self._wanted
+        while wanted < len(self._first) and self._first[wanted] < built + LOOK_AHEAD:
+            wanted += 1
+        if wanted > self._wanted:
+            self._wanted = wanted
+            self._wake.set()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._ended = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._rows.keep(GROUPS_KEPT)
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICER)  # of this thread alone
+        while not self._ended:
+            self._wake.wait()
+            self._wake.clear()
+            with contextlib.suppress(TapeError):  # whoever needs it meets it again, and says it
+                while self._loaded < self._wanted and not self._ended:
+                    self._load_next()
+
+    def _load_next(self) -> None:
+        group = int(self._opening[self._loaded])
+        self._loaded += 1
+        if self._last_of[group] >= self._built:
+            self._rows.load(group)
+        if self._last_of[group] < self._built:  # meanwhile somebody read and dropped it
+            self._rows.drop(group)

@@ -1,0 +1,108 @@
+"""What one worker sends of a plan: when each request is due, and how its body is built.
+
+A share can be sent to another process. It holds a few numbers per request; ids, sessions and
+blocks are read from the tape when they are needed, so a request is the same whoever builds it.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from yarl import URL
+
+from tokentape.replay.ahead import Outgoing
+from tokentape.replay.prompts import PromptSource
+from tokentape.replay.rows import Positions, ReadAhead, TapeRows
+from tokentape.replay.schedule import Ints
+from tokentape.replay.targets import Endpoint, Target
+
+
+@dataclass
+class Share:
+    """Requests in the order of their due times, which count from the start of the whole run.
+
+    positions: int32[n], the rows of the tape. The other arrays have an entry per row of the tape
+    when `by_row` is set, else one per request.
+    """
+
+    due_ns: Ints
+    positions: Positions
+    input_tokens: NDArray[np.int32]
+    output_tokens: NDArray[np.int32]
+    chat: NDArray[np.bool_]
+    stream: NDArray[np.bool_]
+    by_row: bool
+    rows: TapeRows
+    tape_id: str
+    seed: int
+    wanted_endpoint: str  # recorded, completions or chat
+    target: Target
+    peak_in_flight: int
+    timeout_ns: int | None
+
+    def __len__(self) -> int:
+        return len(self.due_ns)
+
+    def part(self, kept: NDArray[np.intp], peak_in_flight: int) -> "Share":
+        """Some of its requests, by number."""
+        place = self.positions[kept] if self.by_row else kept
+        return replace(
+            self,
+            due_ns=self.due_ns[kept],
+            positions=self.positions[kept],
+            input_tokens=self.input_tokens[place],
+            output_tokens=self.output_tokens[place],
+            chat=self.chat[place],
+            stream=self.stream[place],
+            by_row=False,
+            peak_in_flight=peak_in_flight,
+        )
+
+    def read_ahead(self) -> ReadAhead:
+        """A reader of the rows that come next."""
+        return ReadAhead(self.rows, self.positions)
+
+    def outgoing(self, number: int) -> Outgoing:
+        """The i-th request, body and all."""
+        position = int(self.positions[number])
+        place = position if self.by_row else number
+        form = self.target.forms[endpoint(self.wanted_endpoint, chat=bool(self.chat[place]))]
+        input_tokens = int(self.input_tokens[place])
+        output_tokens = max(1, int(self.output_tokens[place]))
+        stream = bool(self.stream[place])
+        request_id = self.rows.request_id(position)
+        units = form.length.units(input_tokens)
+        blocks = self.rows.blocks(position)
+        if form.length.per_unit != 1:  # a block is as long as it was in tokens, not in units
+            of_units = max(1, round(blocks.block_tokens / form.length.per_unit))
+            blocks = replace(blocks, block_tokens=of_units)
+        draws = self._prompts.draws(request_id, units, blocks)
+        row = self.rows.columns(position) | form.columns(output_tokens, stream=stream)
+        row |= {
+            "endpoint": self.target.address.path(form.endpoint),
+            "source_request_id": request_id,
+            "planned_input_tokens": input_tokens,
+            "planned_output_tokens": output_tokens,
+        }
+        body = form.body(draws, output_tokens, stream=stream)
+        return Outgoing(self._urls[form.endpoint], self._headers, body, row)
+
+    @cached_property
+    def _prompts(self) -> PromptSource:
+        return PromptSource(self.tape_id, self.seed)
+
+    @cached_property
+    def _urls(self) -> dict[Endpoint, URL]:
+        return {e: URL(self.target.address.url(e)) for e in self.target.forms}
+
+    @cached_property
+    def _headers(self) -> dict[str, str]:
+        return self.target.headers.for_sending()
+
+
+def endpoint(wanted: str, *, chat: bool) -> Endpoint:
+    """The endpoint of a request: as recorded unless one is wanted."""
+    if wanted == "recorded":
+        return "chat" if chat else "completions"
+    return "chat" if wanted == "chat" else "completions"
