@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokentape.analysis import display
+from tokentape.analysis import display, slo
 from tokentape.analysis.session import Session
 
 Row = dict[str, Any]
@@ -71,6 +71,9 @@ class Report:
     quality: list[Row]
     errors: list[Row]
     late_causes: list[Row]
+    goodput: list[Row]
+    steady: list[Row]
+    stalls: list[Row]
 
     def as_dict(self) -> Row:
         """The tidy rows and the facts, for JSON: stable keys, NULL as None."""
@@ -81,6 +84,9 @@ class Report:
             "quality": self.quality,
             "errors": self.errors,
             "late_causes": self.late_causes,
+            "goodput": self.goodput,
+            "steady": self.steady,
+            "stalls": self.stalls,
         }
 
     def text(self, width: int = 100) -> str:
@@ -89,8 +95,11 @@ class Report:
             self._identity(width),
             self._outcomes(width),
             self._distributions("latency (outcome ok)", LATENCY, width),
+            self._stalls(width),
+            self._goodput(width),
             self._rates(width),
             self._concurrency(width),
+            self._steady(),
             self._clocks(width),
             self._distributions("lateness (all sent)", LATENESS, width),
             self._causes(width),
@@ -218,6 +227,57 @@ class Report:
                 rows.append([_over(i), *(display.ratio(a, b) for a, b in pairs)])
         return rows
 
+    def _stalls(self, width: int) -> list[str]:
+        rows = [
+            [
+                s["run"],
+                display.count(s["stalls"]),
+                display.count(s["requests"]),
+                display.duration(s["longest_us"] and s["longest_us"] * 1000),
+                display.share(s["stalled_share"]),
+                display.count(s["replies"]),
+            ]
+            for s in self.stalls
+        ]
+        head = ["stalls over 200 ms and 2 medians", "stalls", "requests hit", "longest"]
+        return display.table([*head, "of decode time", "replies"], rows, width) if rows else []
+
+    def _goodput(self, width: int) -> list[str]:
+        rows = [
+            [
+                g["run"],
+                g["slo"],
+                display.share(g["attainment"]),
+                _span(g["lo"], g["hi"]),
+                display.figure(g["goodput_per_s"]),
+                *(display.figure(g[verdict]) for verdict in slo.UNMET),
+            ]
+            for g in self.goodput
+        ]
+        unjudged = [
+            f"! {g['run']}: {display.figure(g['unjudged'])} requests with no limit of {g['slo']} "
+            "that applies to them count nowhere"
+            for g in self.goodput
+            if g["unjudged"]
+        ]
+        head = ["goodput", "SLO", "met", "95 %", "met/s", *slo.UNMET]
+        return [*display.table(head, rows, width, texts=2), *unjudged] if rows else []
+
+    def _steady(self) -> list[str]:
+        """For replays: where ramp and drain are over."""
+        starts = {t["run"]: t["from_ns"] for t in self.tapes if t["role"] == "replay"}
+        lines = []
+        for s in (s for s in self.steady if s["run"] in starts):
+            begin, end = (s[k] - starts[s["run"]] for k in ("from_ns", "until_ns"))
+            window = (
+                f"{display.duration(begin)} .. {display.duration(end)} after the first arrival: "
+                f"{display.count(s['arrivals'])} arrivals, "
+                f"{display.figure(s['in_flight'])} in flight"
+            )
+            told = f"none, {s['why']}" if s["why"] else window
+            lines.append(f"steady window of {s['run']}: {told}")
+        return lines
+
     def _clocks(self, width: int) -> list[str]:
         rows = []
         for quality in self.quality:
@@ -293,7 +353,16 @@ def report(session: Session) -> Report:
         quality=rows("FROM clocks_quality"),
         errors=rows(_ERRORS),
         late_causes=rows(_CAUSES),
+        goodput=sorted(slo.goodput(session), key=lambda row: order[row["run"]]),
+        steady=rows("FROM steady"),
+        stalls=rows("FROM stall_rates"),
     )
+
+
+def _span(lo: float | None, hi: float | None) -> str:
+    if lo is None or hi is None:
+        return display.TOO_FEW
+    return f"{100 * lo:.1f} .. {100 * hi:.1f}"
 
 
 def _shown(row: Row) -> str:

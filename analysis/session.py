@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from tokentape.analysis.hardware import HARDWARE_TABLE, Hardware, hardware_row
 from tokentape.analysis.modules import Module, ModuleError, SqlObject, load_order
+from tokentape.analysis.slo import UNKNOWN_PRESETS, Slo, slo_table
 from tokentape.traces.errors import TapeError, UsageError
 from tokentape.traces.reader import Tape, open_tape
 from tokentape.traces.schema import REQUESTS, TELEMETRY
@@ -109,10 +110,12 @@ def connect(
     memory_limit: str | None = None,
     threads: int | None = None,
     hardware: Mapping[str, Hardware] = MappingProxyType({}),
+    slos: Sequence[Slo] = (),
 ) -> Session:
     """Open a session over tapes or their paths; `memory_limit` as in "500MB".
 
     hardware: facts by run label that replace the tape's own; "" for every run that is not named.
+    slos: what the view `goodput` holds the runs against.
     """
     opened = [t if isinstance(t, Tape) else open_tape(t) for t in tapes]
     if not opened:
@@ -128,7 +131,9 @@ def connect(
         _make_tables(connection, opened, session.labels)
         machines = pa.Table.from_pylist(_hardware_rows(session, hardware), schema=HARDWARE_TABLE)
         _make_table(connection, "_hardware", machines)
+        _make_table(connection, "_slos", slo_table(slos))
         _load(connection, load_order())
+        _refuse_unknown_presets(connection)
         _open_files(connection, opened, session.labels)
         _lock(connection, opened)
     except duckdb.Error as error:
@@ -142,6 +147,12 @@ def _hardware_rows(session: Session, told: Mapping[str, Hardware]) -> list[dict[
         raise UsageError(f"no run is named {min(unknown)}; there are {', '.join(session.labels)}")
     pairs = zip(session.tapes, session.labels, strict=True)
     return [hardware_row(tape, run, told) for tape, run in pairs]
+
+
+def _refuse_unknown_presets(connection: duckdb.DuckDBPyConnection) -> None:
+    if unknown := connection.execute(UNKNOWN_PRESETS).fetchone():
+        known = [name for (name,) in connection.execute("SELECT slo FROM slos_presets").fetchall()]
+        raise UsageError(f"no preset is named {unknown[0]}; there are {', '.join(known)}")
 
 
 def run_labels(tapes: Sequence[Tape]) -> list[str]:

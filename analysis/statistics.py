@@ -123,6 +123,33 @@ def estimate(values: Floats, at_ns: Ints, p: float, weights: Floats | None = Non
     return Estimate(value, lo, hi if n >= least_for_interval(p) else None, n, n_eff)
 
 
+def share(hits: Floats, at_ns: Ints, weights: Floats | None = None) -> Estimate:
+    """The part of requests with hits = 1 (else 0), with its interval; None where there are none.
+
+    Blocks that happen to agree say nothing about how far they could differ, so the interval reaches
+    at least as far as that of independent requests (Wilson 1927).
+    """
+    n = len(hits)
+    if not n:
+        return Estimate(None, None, None, 0, None)
+    each = np.ones(n) if weights is None else weights
+    value = float((hits * each).sum() / each.sum())
+    blocks, n_blocks = blocks_of(at_ns)
+    if n_blocks < LEAST_BLOCKS:
+        return Estimate(value, None, None, n, None)
+    draws = resamples(n_blocks)
+    hit = draws @ np.bincount(blocks, hits * each, minlength=n_blocks)
+    drawn = draws @ np.bincount(blocks, each, minlength=n_blocks)
+    found = interval(np.where(drawn > 0, hit / np.maximum(drawn, 1e-300), np.nan), n_blocks)
+    if found is None:
+        return Estimate(value, None, None, n, None)
+    z2 = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2 / n
+    middle, reach = value + z2 / 2, math.sqrt(z2 * (value * (1 - value) + z2 / 4))
+    lo = min(found[0], max((middle - reach) / (1 + z2), 0.0))
+    hi = max(found[1], min((middle + reach) / (1 + z2), 1.0))
+    return Estimate(value, lo, hi, n, _effective(hits > 0, blocks, n_blocks))
+
+
 def _effective(below: npt.NDArray[np.bool_], blocks: Ints, n_blocks: int) -> float:
     """Variance of the share below, as if samples were independent, over that seen by blocks."""
     n, share = len(below), float(below.mean())

@@ -455,6 +455,11 @@ def test_every_column_that_a_table_macro_returns_is_documented(session: Session)
         "rates_in": "FROM {}(NULL, NULL)",
         "fluidity_at": "FROM {}(500000, 50000)",
         "price_split": "FROM {}(0.0001, 0.1)",
+        "stalls_over": "FROM {}(100000, 5)",
+        "rates_over_time": "FROM {}(1000000000)",
+        "in_flight_over_time": "FROM {}(1000000000)",
+        "goodput_judged": "FROM {}('slos')",
+        "goodput_under": "FROM {}('slos')",
     }
     macros = {made.name: made for made in public_objects() if made.kind == "MACRO TABLE"}
     assert set(macros) == set(calls)

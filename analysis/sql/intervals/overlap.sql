@@ -58,3 +58,29 @@ WITH _time_at_level AS (
 )
 SELECT key AS run, n, weight AS duration_ns, mean, minimum, p50, p90, p99, p999, maximum
 FROM _quantiles_of_counts('_time_at_level');
+
+-- Request-nanoseconds that any of some intervals lasted before an instant: the integral of the level.
+CREATE MACRO _area_until(tbl, instants) AS TABLE
+WITH
+  _steps AS (
+    SELECT
+      run,
+      from_ns,
+      until_ns,
+      level,
+      coalesce(
+        sum(level * (until_ns - from_ns)) OVER (
+          PARTITION BY run
+          ORDER BY from_ns
+          ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+        ),
+        0
+      ) AS before
+    FROM overlap(tbl)
+  )
+SELECT
+  asked.run,
+  asked.t_ns,
+  coalesce(before + level * (least(asked.t_ns, until_ns) - from_ns), 0)::DOUBLE AS area
+FROM query_table(instants) AS asked
+ASOF LEFT JOIN _steps ON asked.run = _steps.run AND asked.t_ns >= _steps.from_ns;

@@ -1,7 +1,7 @@
 -- module: metrics.long
 -- requires: prelude.schema, prelude.quantiles, latency.ttft, latency.tpot, latency.icl, latency.itl,
---   latency.e2e, latency.normalized, throughput.in_flight, throughput.rates, throughput.hardware,
---   cost.price, cost.energy, quality.outcomes, quality.schedule
+--   latency.e2e, latency.normalized, latency.stall, throughput.in_flight, throughput.rates, throughput.hardware,
+--   cost.price, cost.energy, quality.outcomes, quality.schedule, slo.goodput, throughput.steady
 --
 -- Every metric of every run in one tidy table, the only machine output. The same rows for every
 -- run, also where there is no value. A value that is NULL is not known, does not apply, or stands
@@ -118,6 +118,24 @@ LEFT JOIN hardware_rates USING (run)
 LEFT JOIN price USING (run)
 LEFT JOIN energy USING (run)
 UNION ALL BY NAME
+SELECT run, 'stalled_share' AS metric, 'value' AS stat, stalled_share AS value, replies AS n
+FROM (SELECT run FROM tapes)
+LEFT JOIN stall_rates USING (run)
+UNION ALL BY NAME
+SELECT
+  run,
+  unnest(['goodput', 'slo_attainment']) AS metric,
+  slo AS stat,
+  unnest([goodput_per_s, attainment]) AS value,
+  (requests - unjudged)::BIGINT AS n
+FROM (SELECT run FROM tapes)
+CROSS JOIN (
+  SELECT slo FROM slos
+  UNION ALL
+  SELECT 'value' AS slo WHERE NOT EXISTS (FROM slos)
+)
+LEFT JOIN goodput USING (run, slo)
+UNION ALL BY NAME
 SELECT run, 'outcomes' AS metric, outcome AS stat, requests AS value, requests AS n
 FROM outcomes
 UNION ALL BY NAME
@@ -146,10 +164,11 @@ LEFT JOIN (
 -- Every metric of every run.
 -- col run VARCHAR: label of the tape
 -- col metric VARCHAR: name, as in `metrics`
--- col stat VARCHAR: p50, p90, p99, p99.9, mean, min, max; value for a rate; the outcome for outcomes
+-- col stat VARCHAR: p50, p90, p99, p99.9, mean, min, max; value for a rate; the outcome for outcomes;
+--   the name of the SLO for goodput and slo_attainment
 -- col weight VARCHAR: what each sample counts for: request, event, token, time, none
 -- col value DOUBLE: the number, in `unit`; NULL when unknown, not applicable or too few samples
--- col unit VARCHAR: ns, requests, requests/s, tokens/s, USD, J
+-- col unit VARCHAR: ns, requests, requests/s, tokens/s, USD, J, 1 (a share)
 -- col n BIGINT: samples that it stands on: requests, choices, events, tokens or steps of a level
 -- col attempted BIGINT: requests on the tape, whatever their outcome
 -- col coverage DOUBLE: part of what was seen that the tape holds: requests, and for events and

@@ -1,5 +1,5 @@
 -- module: throughput.in_flight
--- requires: prelude.schema, intervals.overlap
+-- requires: prelude.schema, intervals.overlap, throughput.rates
 --
 -- Concurrency over time: requests that were sent and have not ended, whatever their outcome.
 -- One without an end (the capture ended first) stays in flight until the run's last instant.
@@ -45,3 +45,25 @@ SELECT * FROM overlap('_in_flight_spans');
 -- col maximum DOUBLE: most
 CREATE VIEW in_flight_quantiles AS
 SELECT * FROM overlap_quantiles('_in_flight_spans');
+
+-- Mean number of requests in flight in each slice, exact: the time that each was in flight inside
+-- the slice / length of the slice.
+-- arg slice_ns BIGINT (ns): length of a slice
+-- col run VARCHAR: label of the tape
+-- col from_ns BIGINT (ns): start of the slice, since the tape's epoch
+-- col mean DOUBLE (requests): mean over the slice
+CREATE MACRO in_flight_over_time(slice_ns) AS TABLE
+WITH
+  _edges AS (
+    SELECT run, from_ns AS t_ns FROM _slices(slice_ns)
+    UNION
+    SELECT run, from_ns + slice_ns FROM _slices(slice_ns)
+  ),
+  _areas AS (SELECT * FROM _area_until('_in_flight_spans', '_edges'))
+SELECT
+  _slices.run,
+  from_ns,
+  (later.area - earlier.area) / slice_ns AS mean
+FROM _slices(slice_ns) AS _slices
+JOIN _areas AS earlier ON earlier.run = _slices.run AND earlier.t_ns = from_ns
+JOIN _areas AS later ON later.run = _slices.run AND later.t_ns = from_ns + slice_ns;

@@ -1,5 +1,5 @@
 -- module: throughput.rates
--- requires: prelude.schema
+-- requires: prelude.schema, prelude.units
 --
 -- Requests and tokens per second of wall time over a stated window. The default window is the whole
 -- run: first arrival to last end. Nothing is trimmed: ramp and drain are inside.
@@ -142,3 +142,65 @@ JOIN _sums USING (run);
 -- cols rates_in: the same columns
 CREATE VIEW rates AS
 SELECT * FROM rates_in(NULL, NULL);
+
+-- Starts of the slices of each run. A slice without anything has zeros in what stands on it, so that a
+-- mean over slices is a mean over time; the first and last slice of a run are partly outside it.
+CREATE MACRO _slices(slice_ns) AS TABLE
+SELECT
+  run,
+  unnest(range(
+    time_bucket_ns(first_ns, slice_ns),
+    time_bucket_ns(last_ns, slice_ns) + slice_ns,
+    slice_ns
+  )) AS from_ns
+FROM _run_spans;
+
+-- Requests and tokens of each slice, zeros included, each token in the slice in which its event arrived. Replies that
+-- were not streamed, or whose events have no token count, are not in `output_tokens`.
+-- Example: SELECT run, max(output_tokens) AS peak FROM rates_over_time(1000000000) GROUP BY run
+-- arg slice_ns BIGINT (ns): length of a slice
+-- col run VARCHAR: label of the tape
+-- col from_ns BIGINT (ns): start of the slice, since the tape's epoch
+-- col offered DOUBLE (requests): requests that arrived
+-- col ended DOUBLE (requests): requests that ended, whatever their outcome
+-- col failed DOUBLE (requests): of these, without outcome ok
+-- col events DOUBLE (events): events that arrived
+-- col output_tokens DOUBLE (tokens): tokens that arrived
+CREATE MACRO rates_over_time(slice_ns) AS TABLE
+WITH
+  _starts AS (
+    SELECT run, time_bucket_ns(arrival_ns, slice_ns) AS from_ns, sum(weight) AS offered
+    FROM requests
+    GROUP BY ALL
+  ),
+  _ends AS (
+    SELECT
+      run,
+      time_bucket_ns(end_ns, slice_ns) AS from_ns,
+      sum(weight) AS ended,
+      coalesce(sum(weight) FILTER (outcome IS DISTINCT FROM 'ok'), 0) AS failed
+    FROM requests
+    WHERE end_ns IS NOT NULL
+    GROUP BY ALL
+  ),
+  _tokens AS (
+    SELECT
+      run,
+      time_bucket_ns(t_ns, slice_ns) AS from_ns,
+      sum(weight) AS events,
+      sum(weight * ntok) AS output_tokens
+    FROM events
+    GROUP BY ALL
+  )
+SELECT
+  run,
+  from_ns,
+  coalesce(offered, 0)::DOUBLE AS offered,
+  coalesce(ended, 0)::DOUBLE AS ended,
+  coalesce(failed, 0)::DOUBLE AS failed,
+  coalesce(events, 0)::DOUBLE AS events,
+  coalesce(output_tokens, 0)::DOUBLE AS output_tokens
+FROM _slices(slice_ns)
+LEFT JOIN _starts USING (run, from_ns)
+LEFT JOIN _ends USING (run, from_ns)
+LEFT JOIN _tokens USING (run, from_ns);

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tokentape.cli import units
+from tokentape.cli.objectives import Slos, slos
 from tokentape.cli.output import print_json, print_lines, table_lines, write_csv, write_json
 from tokentape.cli.record import Json
 from tokentape.traces.errors import TapeError, UsageError
@@ -100,20 +101,29 @@ def check(tapes: Tapes, json: Json = False) -> None:
         raise typer.Exit(CHECK_FAILED)
 
 
-def report(tapes: Tapes, json: Json = False, skip_damaged: SkipDamaged = False) -> None:
-    """Print the latency, throughput and outcomes of tapes.
+def report(
+    tapes: Tapes, slo: Slos = None, json: Json = False, skip_damaged: SkipDamaged = False
+) -> None:
+    """Print the latency, throughput and outcomes of tapes, and their goodput under SLOs.
 
     Every figure comes with how many values stand behind it.
     """
-    print_report(tapes, json=json, skip_damaged=skip_damaged)
+    print_report(tapes, slo, json=json, skip_damaged=skip_damaged)
 
 
-def print_report(paths: Sequence[Path], *, json: bool, skip_damaged: bool = False) -> None:
+def print_report(
+    paths: Sequence[Path],
+    slo: Sequence[str] | None = None,
+    *,
+    json: bool,
+    skip_damaged: bool = False,
+) -> None:
     """The report on tapes, as text or JSON."""
     from tokentape.analysis import report as analysis
     from tokentape.analysis.session import connect
 
-    with connect(opened(paths, skip_damaged=skip_damaged)) as session:
+    objectives = slos(slo)
+    with connect(opened(paths, skip_damaged=skip_damaged), slos=objectives) as session:
         found = analysis.report(session)
     if json:
         print_json(found.as_dict())
