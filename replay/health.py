@@ -48,7 +48,9 @@ class Health:
 class Watch:
     """Ticks every 10 ms on a kernel timer and keeps how late the loop took each tick."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, labels: str = "{}") -> None:
+        """Args: labels: of its telemetry, as JSON."""
+        self._labels = labels
         self._timer = AbsoluteTimer(loop, self._tick)
         self._late_ns = array("q")
         self._missed = 0
@@ -97,9 +99,9 @@ class Watch:
         """Telemetry samples since the last call: (name, labels, value)."""
         worst, self._second_max_ns = self._second_max_ns, 0
         return [
-            ("tokentape_loop_late_max_seconds", "{}", worst / NS_PER_S),
-            ("tokentape_process_cpu_seconds_total", "{}", time.process_time()),
-            ("tokentape_gc_seconds_total", "{}", self._gc_ns / NS_PER_S),
+            ("tokentape_loop_late_max_seconds", self._labels, worst / NS_PER_S),
+            ("tokentape_process_cpu_seconds_total", self._labels, time.process_time()),
+            ("tokentape_gc_seconds_total", self._labels, self._gc_ns / NS_PER_S),
         ]
 
     def stop(self) -> Health:

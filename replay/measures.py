@@ -25,6 +25,7 @@ CLOCKS = ("kernel", "callback", "coroutine", "wall")  # best first
 COLUMNS = [
     *("scheduled_ns", "arrival_ns", "send_ns", "send_end_ns", "late_cause", "outcome"),
     *("first_content_ns", "last_content_ns", "stream", "connect_ns", "event_clock", "send_clock"),
+    "worker",
     *("input_tokens", "planned_input_tokens", "output_tokens", "planned_output_tokens"),
     *("coalesced_reads", "clamped_events", "events_dropped", "lag_max_us", "off_us"),
 ]
@@ -52,8 +53,12 @@ def schedule(table: pa.Table, late_ns: int) -> dict[str, Any]:
     named = sorted({str(c) for c in causes if c is not None})
     whole = ints(pc.subtract(sent["send_end_ns"], sent["send_ns"]).drop_null())
     ttft = ints(pc.subtract(sent["first_content_ns"], sent["send_end_ns"]).drop_null())
+    workers = sent["worker"].to_numpy(zero_copy_only=False)
+    names = sorted({str(w) for w in workers if w is not None})
+    by_worker = {name: spread(lag[workers == name]) for name in names} if len(names) > 1 else {}
     return {
         "schedule_lag_ns": spread(lag),
+        "lag_by_worker_ns": by_worker,
         "late_over_ns": late_ns,
         "late_causes": {name: int((causes == name).sum()) for name in named},
         "lag_by_cause_ns": {name: spread(lag[causes == name]) for name in named},

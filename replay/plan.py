@@ -7,6 +7,7 @@ on the candidate.
 
 import asyncio
 import ipaddress
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -19,8 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokentape.replay.ahead import Outgoing
+from tokentape.replay.health import cores
 from tokentape.replay.probe import find_target
 from tokentape.replay.schedule import NS_PER_S, Schedule, ScheduleOptions, make_schedule
+from tokentape.replay.sessions import Numbers, Shard, shard_of
 from tokentape.replay.share import Share, endpoint
 from tokentape.replay.source import Source, read_source
 from tokentape.replay.targets import (
@@ -34,6 +37,8 @@ from tokentape.replay.targets import (
 from tokentape.traces.errors import UsageError
 from tokentape.traces.reader import open_tape
 
+# Half of what one core was measured to carry without misreporting (docs/accuracy.md).
+REQUESTS_PER_WORKER, EVENTS_PER_WORKER = 1_000, 25_000
 COARSE_ARRIVALS_NS = 100_000_000  # arrivals stamped no finer than this come in bursts of their own
 LOCAL_NAMES = (".local", ".internal", ".lan", ".home.arpa", ".localhost")  # RFC 6762, 8375; ICANN
 MOST_BLOCKS = 4_000_000  # looked at for the share that repeats: 64 MB
@@ -59,6 +64,9 @@ class ReplayOptions:
     max_tokens: int | None = None
     timeout_ns: int | None = None  # per request; None waits for ever
     include_failed: bool = False
+    workers: int = 1
+    shard: Shard | None = None
+    start_at_unix_ns: int | None = None
     force: bool = False
     facts: dict[str, str] = field(default_factory=dict)
     command: list[str] = field(default_factory=list, repr=False)
@@ -78,6 +86,9 @@ class ReplayOptions:
             "max_tokens": self.max_tokens,
             "timeout_ns": self.timeout_ns,
             "include_failed": self.include_failed,
+            "workers": self.workers,
+            "shard": str(self.shard) if self.shard else None,
+            "start_at_unix_ns": self.start_at_unix_ns,
             "command": redacted(self.command),
         }
 
@@ -92,6 +103,7 @@ class Plan:
     target: Target
     source_facts: dict[str, Any]
     probed: bool
+    of_requests: int = 0  # of all shards
 
     def __len__(self) -> int:
         return len(self.schedule.due_ns)
@@ -120,6 +132,18 @@ class Plan:
     def outgoing(self, number: int) -> Outgoing:
         """The i-th request of the schedule, body and all."""
         return self.whole.outgoing(number)
+
+    @cached_property
+    def worker_names(self) -> list[str]:
+        """The names of the workers; those of a shard differ from those of others."""
+        shard = f"s{self.options.shard.index}" if self.options.shard else ""
+        return [f"{shard}w{n}" for n in range(self.options.workers)]
+
+    @property
+    def worker_of_each(self) -> Numbers:
+        """The worker that sends each request of the schedule."""
+        sessions = self.source.sessions[self.schedule.source_index]
+        return shard_of(sessions, self.options.workers)
 
     # -- figures --------------------------------------------------------------------------------
 
@@ -176,11 +200,33 @@ class Plan:
         return {
             **self.figures,
             "speed": str(self.options.speed),
+            "workers": self.options.workers,
+            "shard": str(self.options.shard) if self.options.shard else None,
+            "requests_of_all_shards": self.of_requests,
             "turns": "open",
             "seed": self.options.seed,
             "candidate": self.candidate(),
             "warnings": self.warnings(),
         }
+
+    def _too_much(self) -> list[str]:
+        """What is more than the workers should carry, or the workers more than the machine."""
+        figures, count, found = self.figures, self.options.workers, list[str]()
+        seconds = max(1.0, self.schedule.span_ns / NS_PER_S)
+        events_per_s = figures["output_tokens"] / seconds
+        needed = max(
+            -(-figures["peak_per_s"] // REQUESTS_PER_WORKER),
+            math.ceil(events_per_s / EVENTS_PER_WORKER),
+        )
+        if needed > count:
+            found.append(
+                f"up to {figures['peak_per_s']:,} requests/s and a mean of {events_per_s:,.0f} "
+                f"tokens/s are more than {count} worker{'s' * (count > 1)} should carry "
+                f"({REQUESTS_PER_WORKER:,} and {EVENTS_PER_WORKER:,} each): --workers {needed}"
+            )
+        if count > cores():
+            found.append(f"{count} workers share {cores()} cores: each should have one")
+        return found
 
     def candidate(self) -> dict[str, Any]:
         """What is known of the candidate, without credentials."""
@@ -200,6 +246,7 @@ class Plan:
         if not is_private(self.target.address.base):
             host = urlsplit(self.target.address.base).hostname
             found.append(f"{host} is not a private address: this load goes out into the world")
+        found += self._too_much()
         step = self.source_facts.get("arrival_resolution_ns")
         if step and step >= COARSE_ARRIVALS_NS:
             found.append(
@@ -231,6 +278,13 @@ class Plan:
         found += [f"{n} {what}" for what, n in self.source.guessed.items()]
         return found
 
+    def _worker_lines(self) -> list[str]:
+        count = self.options.workers
+        if count == 1:
+            return []
+        sizes = np.bincount(self.worker_of_each, minlength=count).tolist()
+        return [f"  workers: {count}, of {', '.join(f'{n:,}' for n in sizes)} requests"]
+
     def text(self) -> str:
         """The plan for people, printed before anything is sent."""
         f = self.figures
@@ -243,13 +297,16 @@ class Plan:
             f"  rate: mean {f['mean_per_s']:.2f}/s, peak {f['peak_per_s']} in one second, "
             f"about {f['estimated_peak_in_flight']} in flight at most"
         )
+        shard = f"shard {self.options.shard}: " if self.options.shard else ""
+        of = f"the plan's {self.of_requests}" if shard else f["requests_on_tape"]
         lines = [
-            f"plan: {f['requests']} of {f['requests_on_tape']} requests"
+            f"plan: {shard}{f['requests']} of {of} requests"
             + (f" ({kinds})" if kinds else "")
             + (f", {f['sessions']} sessions" if f["sessions"] else ""),
             f"  candidate: {self.target.address.base}, model {self.target.model}",
             f"  span: {span} (recorded {recorded}, speed {_factor(self.options.speed)})",
             rate,
+            *self._worker_lines(),
             f"  tokens: {f['input_tokens']:,} in, {f['output_tokens']:,} out",
         ]
         if f["prefix_blocks"]:
@@ -288,6 +345,12 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
         schedule = make_schedule(offered, wanted)
     except ValueError as error:
         raise UsageError(f"--speed: {error}") from None
+    whole = len(schedule.due_ns)
+    if whole and options.shard:
+        shard = shard_of(source.sessions[schedule.source_index], options.shard.count)
+        schedule = schedule.part(shard == options.shard.index, offered.duration_ns)
+        if not len(schedule.due_ns):
+            raise UsageError(f"--shard {options.shard}: has none of the plan's {whole} requests")
     del offered  # what is long is not kept
     if not len(schedule.due_ns):
         why = ", ".join(f"{len(v)} {name}" for name, v in schedule.left_out.items())
@@ -298,7 +361,7 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
         target = unprobed(address, headers, options.model or "unknown", endpoints)
     else:
         target = asyncio.run(find_target(address, headers, options.model, endpoints))
-    return Plan(options, source, schedule, target, tape.facts, probed=not offline)
+    return Plan(options, source, schedule, target, tape.facts, not offline, whole)
 
 
 def is_private(url: str) -> bool:

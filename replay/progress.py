@@ -1,6 +1,6 @@
 """How a run stands, told about once a second to whoever watches it. Figures only, no printing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -31,3 +31,22 @@ class Progress:
             for part in ("sum", "count")
         )
         return total / count if count else None
+
+
+def added(states: Sequence[Progress]) -> Progress:
+    """How several workers stand together; one at least."""
+    served: dict[str, float] = {}
+    for state in states:
+        for name, value in state.served.items():
+            served[name] = served.get(name, 0.0) + value
+    return Progress(
+        elapsed_s=max(s.elapsed_s for s in states),
+        total=sum(s.total for s in states),
+        sent=sum(s.sent for s in states),
+        done=sum(s.done for s in states),
+        in_flight=sum(s.in_flight for s in states),
+        late=sum(s.late for s in states),
+        worst_late_ms=max(s.worst_late_ms for s in states),
+        span_s=max(s.span_s for s in states),
+        served=served,
+    )

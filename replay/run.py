@@ -6,33 +6,36 @@ header value and no key may reach it.
 """
 
 import asyncio
-import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-try:
-    import uvloop
-except ImportError:  # it is for Linux only
-    uvloop = None  # type: ignore[assignment]
+import numpy as np
 
+from tokentape.replay.crew import Crew, Member
 from tokentape.replay.health import cores
 from tokentape.replay.plan import Plan, ReplayOptions, make_plan
 from tokentape.replay.progress import Progress
 from tokentape.replay.sender import Sent
-from tokentape.replay.sending import send_share
+from tokentape.replay.sending import run_loop, send_share
+from tokentape.replay.start import StartAt
+from tokentape.replay.tally import tally
 from tokentape.replay.verdict import Verdict, judge_run
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import UsageError
-from tokentape.traces.reader import open_tape
+from tokentape.traces.prepare import make_ready
+from tokentape.traces.reader import Tape, open_tape
 from tokentape.traces.recording import Recorder
+from tokentape.traces.recover import seal_dead
 
 __all__ = ["Plan", "Progress", "ReplayOptions", "RunSummary", "make_plan", "run_plan"]
+
+SEAL_TIMEOUT_S = 60.0  # for what dead workers left
 
 
 @dataclass(frozen=True)
@@ -54,49 +57,32 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
     """Send a plan, record it as a tape, judge it.
 
     Ctrl-C and SIGTERM stop the sending; the tape is sealed all the same. Raises TokentapeError when
-    the candidate does not take a single connection, or the tape cannot be written.
+    the candidate does not take a single connection, the agreed start is missed, or the tape cannot
+    be written.
     """
     options = plan.options
     if options.tape is None:
         raise UsageError("--tape: name the folder of the run's tape")
     if not plan.probed:
         raise UsageError("an offline plan cannot be run: the candidate was not asked")
-    recorder = Recorder.start(
-        options.tape,
-        role="replay",
-        command=options.as_dict()["command"],
-        options=options.as_dict(),
-        facts=_facts(plan),
-        content="structure",
-        force=options.force,
-    )
-    try:
-        work = send_share(
-            plan.whole,
-            recorder,
-            _stopped_by_signals,
-            prepare=plan.outgoing,
-            progress=progress,
-        )
-        sent = run_loop(work)
-    except BaseException:
-        recorder.finish({"run": {"failed": True}})
-        raise
-    summary = recorder.finish({"run": _run_facts(sent)})
-    lost = {name: n for name, n in summary.losses.items() if n}
+    run = _by_crew if options.workers > 1 else _alone
+    sent = run(plan, options.tape, StartAt(options.start_at_unix_ns), progress)
+    tape = open_tape(options.tape)
+    lost = {name: n for name, n in tape.losses.items() if n}
     verdict = judge_run(
-        open_tape(options.tape),
+        tape,
         sent,
         shortest_input_tokens=plan.shortest_input_tokens,
         prompts_counted=all(form.counted for form in plan.target.forms.values()),
         losses=lost,
     )
-    _add_facts(options.tape, {"verdict": verdict.as_dict()})
+    with tape_facts.changing(options.tape) as facts:
+        facts["verdict"] = verdict.as_dict()
     return RunSummary(
         verdict=verdict,
         tape=options.tape,
-        rows=summary.rows,
-        events=summary.events,
+        rows=tape.rows,
+        events=tape.events,
         sent=sent.sent,
         not_sent=sent.not_sent,
         stopped=sent.stopped,
@@ -105,9 +91,79 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
     )
 
 
-def run_loop[T](work: Coroutine[Any, Any, T]) -> T:
-    """Run it to its end on uvloop, where that exists; asyncio's own loop does it as well."""
-    return asyncio.run(work, loop_factory=uvloop.new_event_loop if uvloop else None)
+def _alone(
+    plan: Plan, tape: Path, start: StartAt, progress: Callable[[Progress], None] | None
+) -> Sent:
+    """Send it all from this process."""
+    recorder = Recorder.start(tape, worker=plan.worker_names[0], **_about(plan))
+    try:
+        work = send_share(
+            plan.whole,
+            recorder,
+            _stopped_by_signals,
+            worker=plan.worker_names[0],
+            start=start,
+            prepare=plan.outgoing,
+            progress=progress,
+        )
+        sent = run_loop(work)
+    except BaseException:
+        recorder.finish({"run": {"failed": True}})
+        raise
+    recorder.finish({"run": _run_facts(sent, start)})
+    return sent
+
+
+def _by_crew(
+    plan: Plan, tape: Path, start: StartAt, progress: Callable[[Progress], None] | None
+) -> Sent:
+    """Send it from several processes, each with its own segments of the tape."""
+    lock_fd = make_ready(tape, **_about(plan))
+    with os.fdopen(lock_fd):
+        names, shard = plan.worker_names, plan.worker_of_each
+        members = [
+            Member(n, np.flatnonzero(shard == k).astype(np.int32)) for k, n in enumerate(names)
+        ]
+        crew = Crew(plan.whole, [m for m in members if len(m.numbers)], tape, lock_fd)
+        run_facts: dict[str, Any] = {"failed": True}
+        try:
+            asyncio.run(crew.run(_stopped_by_signals, start, progress))
+            if any(m.sent is None for m in crew.members):
+                seal_dead(tape, SEAL_TIMEOUT_S)
+            sealed = open_tape(tape)
+            rows, lost = _by_worker(sealed)
+            sent = tally([m.end for m in crew.members], start.t0_ns, rows, lost)
+            run_facts = _run_facts(sent, start)
+        finally:
+            with tape_facts.changing(tape) as facts:
+                facts["run"] = run_facts
+    return sent
+
+
+def _by_worker(tape: Tape) -> tuple[dict[str, int], dict[str, int]]:
+    """(rows, losses) of each worker of a sealed tape."""
+    rows: dict[str, int] = {}
+    for segment in tape.segments:
+        name = segment.metadata["worker"]
+        rows[name] = rows.get(name, 0) + segment.rows
+    lost: dict[str, int] = {}
+    for incarnation, losses in tape.facts["losses"].items():
+        name = incarnation.partition("-")[0]
+        lost[name] = lost.get(name, 0) + sum(losses.values())
+    return rows, lost
+
+
+def _about(plan: Plan) -> dict[str, Any]:
+    """What a run's tape is made with."""
+    options = plan.options.as_dict()
+    return {
+        "role": "replay",
+        "command": options["command"],
+        "options": options,
+        "facts": _facts(plan),
+        "content": "structure",
+        "force": plan.options.force,
+    }
 
 
 @contextmanager
@@ -136,23 +192,17 @@ def _facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _run_facts(sent: Sent) -> dict[str, Any]:
+def _run_facts(sent: Sent, start: StartAt) -> dict[str, Any]:
+    several = {"workers": sent.workers} if sent.workers else {}
     return {
         "sent": sent.sent,
         "not_sent": sent.not_sent,
         "stopped": sent.stopped,
+        "complete": not (sent.dead or sent.not_sent),
+        "start": start.facts(),
         "connections_warmed": sent.warmed,
         "clock_steps": sent.clock_steps,
         "cores": cores(),
         "health": sent.health.as_dict(),
+        **several,
     }
-
-
-def _add_facts(tape: Path, changes: dict[str, Any]) -> None:
-    """Change tape.json of a sealed tape under its lock."""
-    held = tape_facts.lock(tape)
-    try:
-        tape_facts.replace_facts(tape, tape_facts.read_facts(tape) | changes)
-    finally:
-        with contextlib.suppress(OSError):
-            os.close(held)

@@ -5,7 +5,7 @@ every host. Times are integers all the way: `--speed 2x` halves each gap to the 
 Start with `make_schedule`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -73,6 +73,17 @@ class Schedule:
         gaps = len(self.due_ns) - 1
         lasting_ns = int(self.due_ns[-1] - self.due_ns[0]) if gaps > 0 else 0
         return gaps * NS_PER_S / lasting_ns if lasting_ns else 0.0
+
+    def part(self, kept: NDArray[np.bool_], duration_ns: Ints) -> "Schedule":
+        """Some of its requests, at their times; `duration_ns` by row of the tape."""
+        due, index = self.due_ns[kept], self.source_index[kept]
+        return replace(
+            self,
+            due_ns=due,
+            source_index=index,
+            peak_per_s=most_within(due, NS_PER_S),
+            peak_in_flight=most_in_flight(due, duration_ns[index]),
+        )
 
 
 def scale_ns(gap_ns: Ints, speed: Fraction) -> Ints:

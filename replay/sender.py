@@ -8,9 +8,10 @@ the same, and its row says why.
 
 import asyncio
 import gc
+import json
 import platform
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic_ns
@@ -22,13 +23,13 @@ from numpy.typing import NDArray
 from tokentape.replay.ahead import Ahead, ArmTimes, Outgoing
 from tokentape.replay.health import Health, Watch
 from tokentape.replay.progress import Progress
+from tokentape.replay.start import Start, StartAt
 from tokentape.replay.timer import AbsoluteTimer, precise_wakeups
 from tokentape.replay.transport import Body, Client, Exchange, Reply
 
 Ints = NDArray[np.int64]
 
 NS_PER_S = 1_000_000_000
-START_AFTER_NS = 100_000_000  # from "all is ready" to the first due time
 ARMS_PER_TURN = 4  # reads wait no longer than these
 RELEASES_PER_TURN = 64  # of about 40 us
 NO_ARM_NS = 800_000  # before a due time
@@ -61,7 +62,10 @@ class Recording(Reply, Protocol):
 
 @dataclass
 class Sent:
-    """What became of a plan: `t0_ns` is the instant that due times count from (monotonic)."""
+    """What became of a plan: `t0_ns` is the instant that due times count from (monotonic).
+
+    workers: what the tape says of each of several. dead: what is missing of those that died.
+    """
 
     t0_ns: int
     sent: int
@@ -71,6 +75,8 @@ class Sent:
     health: Health
     outcomes: dict[str, int] = field(default_factory=dict)
     clock_steps: int = 0  # of the wall clock: stamps near one are the process's own
+    workers: dict[str, Any] = field(default_factory=dict)
+    dead: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -99,6 +105,7 @@ class Sender:
         progress: Callable[[Progress], None] | None = None,
         ahead_bytes: int = AHEAD_BYTES,
         worker: str = "w0",
+        start: Start | None = None,
         precise: bool = False,
     ) -> None:
         self._client = client
@@ -109,6 +116,8 @@ class Sender:
         self._warm = warm
         self._timeout_s = None if timeout_ns is None else timeout_ns / NS_PER_S
         self._progress = progress
+        self._start = start or StartAt()
+        self._labels = json.dumps({"worker": worker})
         self._where = {"host": platform.node(), "worker": worker, "attempt": 1, "copy_index": 0}
         self._spin_ns = SPIN_NS if precise else 0
         self._arm_ns = ArmTimes(due)
@@ -128,20 +137,21 @@ class Sender:
         self._loop = asyncio.get_running_loop()
         warmed = await self._prepare_start()
         self._timer = AbsoluteTimer(self._loop, self._fire)
-        watch = Watch(self._loop)
-        try:
-            with _collector_off():
+        watch = Watch(self._loop, self._labels)
+        with _collector_off():
+            try:
                 ahead_ns = -min(self._arm_ns[0], 0) if len(self._arm_ns) else 0
-                self._t0_ns = monotonic_ns() + START_AFTER_NS + ahead_ns
+                t0_ns = await self._unless_stopped(self._start.instant(ahead_ns))
+                self._t0_ns = t0_ns or monotonic_ns()
                 self._recorder.flush_every(self._loop)
                 watch.start()
                 reports = self._loop.create_task(self._report(watch))
                 self._set_timer()
                 await self._finish()
                 reports.cancel()
-        finally:
-            self._timer.close()
-            health = watch.stop()
+            finally:
+                self._timer.close()
+                health = watch.stop()
         if self._defect is not None:
             raise self._defect
         not_sent = len(self._due_ns) - self._next
@@ -171,10 +181,21 @@ class Sender:
             self._ahead.build()
             if len(self._ahead) % 64 == 0:
                 await asyncio.sleep(0)  # a signal may want to stop us
+        await self._unless_stopped(self._start.prepared())
         if not len(self._due_ns) or self._stopped:
             self._posted.set()
             return 0
         return await self._client.connector.warm(self._ahead.first.url, self._warm)
+
+    async def _unless_stopped[T](self, waiting: Awaitable[T]) -> T | None:
+        """Wait for it, or until the run is stopped: None then."""
+        both = [asyncio.ensure_future(waiting), asyncio.ensure_future(self._posted.wait())]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            return both[0].result() if both[0].done() else None
+        finally:
+            for one in both:
+                one.cancel()
 
     # -- sending --------------------------------------------------------------------------------
 
@@ -369,8 +390,10 @@ class Sender:
             now = monotonic_ns()
             self._client.clock.refresh()
             samples = watch.last_second()
-            samples.append(("tokentape_clock_steps_total", "{}", float(self._client.clock.steps)))
-            samples.append(("tokentape_in_flight", "{}", float(self._in_flight())))
+            samples.append(
+                ("tokentape_clock_steps_total", self._labels, float(self._client.clock.steps))
+            )
+            samples.append(("tokentape_in_flight", self._labels, float(self._in_flight())))
             self._recorder.telemetry(now, now, "tokentape replay", samples)
             if self._progress is not None:
                 self._progress(self._state(now))

@@ -4,15 +4,23 @@ A run of one worker calls it in its own process, a worker of several in its; it 
 It judges nothing.
 """
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import Any
+
+try:
+    import uvloop
+except ImportError:  # it is for Linux only
+    uvloop = None  # type: ignore[assignment]
 
 from tokentape.replay.ahead import Outgoing
 from tokentape.replay.progress import Progress
 from tokentape.replay.self_check import self_check
 from tokentape.replay.sender import Sender, Sent
 from tokentape.replay.share import Share
+from tokentape.replay.start import Start
 from tokentape.replay.transport import NO_REPLY, allow_files, open_client
 from tokentape.traces.errors import TokentapeError
 from tokentape.traces.recording import Recorder
@@ -24,18 +32,26 @@ Tell = Callable[[Progress], None]
 Stops = Callable[[Callable[[], None]], AbstractContextManager[None]]
 
 
+def run_loop[T](work: Coroutine[Any, Any, T]) -> T:
+    """Run it to its end on uvloop, where that exists; asyncio's own loop does it as well."""
+    return asyncio.run(work, loop_factory=uvloop.new_event_loop if uvloop else None)
+
+
 async def send_share(
     share: Share,
     recorder: Recorder,
     stops: Stops,
     *,
+    worker: str = "w0",
+    start: Start | None = None,
     prepare: Callable[[int], Outgoing] | None = None,
     progress: Tell | None = None,
 ) -> Sent:
     """Send it all and wait for the replies; what became of it.
 
-    Args: stops: calls the function that it is given when the run is to end early. prepare: builds
-    the i-th request, if not the share itself. TokentapeError when no connection is to be had.
+    Args: stops: calls the function that it is given when the run is to end early. start: tells
+    when the run starts; else at once. prepare: builds the i-th request, if not the share itself.
+    TokentapeError when no connection is to be had.
     """
     await self_check()
     warm = allow_files(min(WARM_FACTOR * share.peak_in_flight, len(share), MOST_WARM))
@@ -48,6 +64,8 @@ async def send_share(
                 build,
                 warm=max(1, warm),
                 timeout_ns=share.timeout_ns,
+                worker=worker,
+                start=start,
                 progress=_with_served(progress, recorder) if progress else None,
             )
             with stops(sender.stop):

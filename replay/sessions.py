@@ -77,16 +77,14 @@ class Shard:
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
-    def part(self, index: int, count: int) -> "Shard":
-        """A part of this part."""
-        return Shard(self.index + self.count * index, self.count * count)
-
 
 def shard_of(sessions: Any, count: int) -> Numbers:
     """The shard of each request, 0 to count - 1, of requests in the order of a plan.
 
-    Sessions are dealt out in the order of their first requests, and stay whole; a request without
-    a session is dealt out by itself. So shards differ by one session at most, not by chance.
+    Sessions are dealt out in rounds, in the order of their first requests, and stay whole; a
+    request without a session is dealt out by itself. So shards differ by one session at most, not
+    by chance. Each round begins elsewhere, lest one shard gets each N-th session of a tape that
+    repeats itself.
     """
     sessions = np.asarray(sessions, dtype=np.int32)
     if not len(sessions):
@@ -102,4 +100,6 @@ def shard_of(sessions: Any, count: int) -> Numbers:
     found = first < len(sessions)
     renumbered[found] = rank[first[found]]
     rank[~alone] = renumbered[sessions[~alone]]
-    return rank % np.int32(count)
+    rounds, place = np.divmod(rank, np.int32(count))
+    begin = _mixed(rounds.astype(np.uint64) + _BASE) % np.uint64(count)
+    return np.asarray((place + begin.astype(np.int32)) % np.int32(count), dtype=np.int32)

@@ -44,7 +44,7 @@ class Share:
     def __len__(self) -> int:
         return len(self.due_ns)
 
-    def part(self, kept: NDArray[np.intp], peak_in_flight: int) -> "Share":
+    def part(self, kept: NDArray[np.int32], peak_in_flight: int) -> "Share":
         """Some of its requests, by number."""
         place = self.positions[kept] if self.by_row else kept
         return replace(

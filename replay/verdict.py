@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokentape.replay import measures
+from tokentape.replay.health import cores
 from tokentape.replay.sender import LATE_NS, Sent
 from tokentape.traces.reader import Tape
 
@@ -30,6 +31,7 @@ LENGTH_MISSED = (0.01, 0.10)  # requests whose token counts are not the planned 
 FAILED_SHARE = (0.01, 0.50)  # beyond one in two the load was another one
 STEAL_SHARE = (0.01, 0.05)  # of all cores; the hypervisor's theft cannot be told from the engine
 CPU_SHARE = (0.90, 1.1)  # of the one core that a worker has; a full core queues its reads
+CORES_SHARE = (0.9, 1.0)  # of all cores, by several workers; candidate and writers need some too
 GC_NS = (5 * NS_PER_MS, 1000 * NS_PER_MS)  # collections should not run at all
 PAUSED_SHARE = (0.01, 0.50)  # requests whose bytes waited for the socket: the load left late
 WINDOWS_SHARE = (0.01, 1.0)  # full receive buffers per request: the candidate was held back
@@ -128,9 +130,10 @@ def _stamp_lines(f: dict[str, Any]) -> list[str]:
 def _machine_lines(f: dict[str, Any]) -> list[str]:
     steal, windows = f["steal_share"], f["windows_closed"]
     garbage = f"{f['gc_runs']} collections of {_ms(f['gc_ns'])}"
+    several = f" (the worst of {f['workers']} workers)" if f["workers"] > 1 else ""
     return [
-        f"  event loop: late {_three(f['loop_late_ns'])}, {f['stalls']} stalls; {garbage}",
-        f"  machine: own CPU {100 * f['cpu_share']:.0f} % of a core"
+        f"  event loop: late {_three(f['loop_late_ns'])}, {f['stalls']} stalls; {garbage}{several}",
+        f"  machine: own CPU {100 * f['cpu_share']:.0f} % of a core{several}"
         + (f", steal {100 * steal:.2f} %" if steal is not None else ""),
         f"  sockets: {f['fresh_connects']} requests had to wait for a connect, "
         f"{f['paused_writes']} for room to write"
@@ -176,6 +179,13 @@ def _judge_schedule(verdict: Verdict, table: pa.Table) -> None:
     )
     median = f" (median TTFT {_ms(ttft)})" if ttft is not None else ""
     verdict.judge(p99, (low, high), f"schedule lag p99 {_ms(p99)}, above {_ms(int(low))}{median}")
+    for name, lag in found["lag_by_worker_ns"].items():
+        if lag["p99"] != p99:
+            verdict.judge(
+                lag["p99"],
+                (low, high),
+                f"schedule lag p99 {_ms(lag['p99'])} of worker {name}, above {_ms(int(low))}",
+            )
     ratio = found["rate"]["achieved_over_offered"]
     if ratio is not None:
         verdict.judge(
@@ -207,6 +217,8 @@ def _judge_outcomes(verdict: Verdict, table: pa.Table, sent: Sent) -> None:
         "not_sent": sent.not_sent,
         "fresh_connects": int(waited),
     }
+    for missing in sent.dead:
+        verdict.blame("invalid", missing)
     if sent.stopped:
         total = sent.sent + sent.not_sent
         verdict.blame("suspect", f"stopped early: {sent.sent} of {total} requests were sent")
@@ -283,6 +295,7 @@ def _judge_process(verdict: Verdict, sent: Sent) -> None:
         "cpu_share": health.cpu_share,
         "steal_share": health.steal_share,
         "windows_closed": health.windows_closed,
+        "workers": len(sent.workers) or 1,
     }
     if not health.ticks:
         verdict.blame("suspect", "the event loop was not watched")
@@ -302,6 +315,12 @@ def _judge_process(verdict: Verdict, sent: Sent) -> None:
         health.steal_share,
         STEAL_SHARE,
         f"the hypervisor stole {100 * (health.steal_share or 0):.1f} % of the machine",
+    )
+    used = sum(w["health"]["cpu_share"] for w in sent.workers.values() if "health" in w)
+    verdict.judge(
+        used / cores(),
+        CORES_SHARE,
+        f"{len(sent.workers)} workers used {used:.1f} of {cores()} cores",
     )
     if requests and health.windows_closed is not None:
         verdict.judge(

@@ -168,3 +168,46 @@ def test_a_pair_without_a_name_is_refused_and_its_value_not_shown(text: str) -> 
 def test_a_name_given_twice_is_refused() -> None:
     with pytest.raises(UsageError, match="--fact gpu: is given twice"):
         units.pairs("--fact", ["gpu=H100", "gpu=A100"])
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("0/1", (0, 1)), ("3/4", (3, 4)), ("07/12", (7, 12))])
+def test_a_part_is_one_of_so_many(text: str, wanted: tuple[int, int]) -> None:
+    assert units.part("--shard", text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "4/4", "1/0", "-1/4", "1", "1/", "a/b", "1/4/2", "1 / 4"])
+def test_what_is_no_part_is_refused_with_a_form_that_would_do(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--shard .*: need I/N with I from 0 to N-1"):
+        units.part("--shard", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("1795771800", 1_795_771_800_000_000_000),
+        ("1795771800.25", 1_795_771_800_250_000_000),
+        ("2026-11-27T09:30:00Z", 1_795_771_800_000_000_000),
+        ("2026-11-27t10:30:00.000000001+01:00", 1_795_771_800_000_000_001),
+        ("2026-11-27 09:30:00.5-00:00", 1_795_771_800_500_000_000),
+    ],
+)
+def test_an_instant_is_read_to_the_nanosecond(text: str, wanted: int) -> None:
+    assert units.instant_unix_ns("--start-at", text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "soon",
+        "2026-11-27",
+        "2026-11-27T09:30:00",
+        "2026-13-27T09:30:00Z",
+        "-5",
+        "9" * 30,
+        "1e9",
+    ],
+)
+def test_what_is_no_instant_is_refused_and_an_offset_is_a_must(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--start-at .*: need an instant"):
+        units.instant_unix_ns("--start-at", text)

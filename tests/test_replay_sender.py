@@ -17,6 +17,7 @@ from tokentape.replay import sender
 from tokentape.replay.ahead import Outgoing
 from tokentape.replay.progress import Progress
 from tokentape.replay.sender import Sender, Sent, late_cause
+from tokentape.replay.start import AFTER_NS
 from tokentape.replay.transport import Exchange, open_client
 from tokentape.traces.blocks import NO_STAMP
 
@@ -203,7 +204,7 @@ def test_a_second_stop_ends_at_once() -> None:
     began = monotonic_ns()
     sent, _, _ = send(lambda _: [HEAD, 30.0], [0, 0], warm=2, during=twice)
     assert sent.outcomes == {"cut": 2}
-    assert monotonic_ns() - began < 1_900 * MS + sender.START_AFTER_NS
+    assert monotonic_ns() - began < 1_900 * MS + AFTER_NS
 
 
 def test_a_run_with_little_room_for_bodies_sends_them_all() -> None:

@@ -65,9 +65,10 @@ class TapeClock:
     clock_id: str
 
     @classmethod
-    def start(cls, epoch_unix_ns: int, worker: str) -> "TapeClock":
-        """A clock for this process, anchored now."""
-        return cls(epoch_unix_ns, take_anchor(), f"{platform.node()}/{boot_id()}/{worker}")
+    def start(cls, epoch_unix_ns: int, worker: str, anchor: Anchor | None = None) -> "TapeClock":
+        """A clock for this process, anchored now, or as others of this host are."""
+        clock_id = f"{platform.node()}/{boot_id()}/{worker}"
+        return cls(epoch_unix_ns, anchor or take_anchor(), clock_id)
 
     @classmethod
     def resume(cls, epoch_unix_ns: int, footer: dict[str, Any]) -> "TapeClock":

@@ -86,8 +86,8 @@ class Recorder:
     ) -> None:
         """A recorder on a tape whose lock is held; it takes over `lock_fd`.
 
-        `hello` is what the writer must know: worker, content, key, fsync. TapeError when it does
-        not start.
+        `hello` is what the writer must know: worker, content, key, fsync, and the clock's anchor
+        where several processes share one. TapeError when it does not start.
         """
         self.tape = tape
         self._lock_fd = lock_fd

@@ -21,7 +21,7 @@ from typing import Any
 from tokentape.traces import journal as journals
 from tokentape.traces.assemble import Assembler
 from tokentape.traces.blocks import NO_SLOT, BlockReceiver, Channel, open_channel
-from tokentape.traces.clock import TapeClock, take_anchor
+from tokentape.traces.clock import Anchor, TapeClock, take_anchor
 from tokentape.traces.facts import read_facts
 from tokentape.traces.inherit import Inheritance, inherit
 from tokentape.traces.journal import Journal
@@ -317,7 +317,8 @@ def main() -> None:
     tape = Path(hello["tape"])
     estate = inherit(tape, hello["ancestors"])
     epoch_unix_ns = read_facts(tape)["wall_epoch_unix_ns"]
-    clock = estate.clock if estate else TapeClock.start(epoch_unix_ns, hello["worker"])
+    anchor = Anchor(**hello["anchor"]) if "anchor" in hello else None  # one for several workers
+    clock = estate.clock if estate else TapeClock.start(epoch_unix_ns, hello["worker"], anchor)
     name = hello["incarnation"]
     writer = TapeWriter(tape, lock_fd, clock.footer(), hello["worker"], name=name)
     sink = TapeSink(writer, channel, fsync=hello["fsync"], estate=estate)

@@ -63,6 +63,22 @@ def replay(
     include_failed: Annotated[
         bool, typer.Option("--include-failed", help="Also what never reached an engine.")
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Processes that send; one should carry 1,000 requests/s, 25,000 tokens/s.",
+        ),
+    ] = 1,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Send the I-th of N parts only; sessions stay whole."),
+    ] = None,
+    start_at: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="When all shards start: RFC 3339 or unix seconds."),
+    ] = None,
     plan: Annotated[
         bool,
         typer.Option(
@@ -91,6 +107,8 @@ def replay(
     recorded lengths. The plan is printed first; the verdict says if the client's own clock held.
     """
     from tokentape.replay.run import ReplayOptions, make_plan
+    from tokentape.replay.sessions import Shard
+    from tokentape.replay.start import check_start
 
     if tape is None and not plan:
         raise UsageError("--tape: name the folder of the run's tape (only --plan needs none)")
@@ -109,11 +127,19 @@ def replay(
         max_tokens=max_tokens,
         timeout_ns=_some_time("--timeout", timeout),
         include_failed=include_failed,
+        workers=workers,
+        shard=Shard(*units.part("--shard", shard)) if shard is not None else None,
+        start_at_unix_ns=units.instant_unix_ns("--start-at", start_at) if start_at else None,
         force=force,
         facts=units.pairs("--fact", fact or []),
         command=command_line(),
     )
+    if shard is not None and start_at is None and not plan:
+        raise UsageError(f"--shard {shard}: give --start-at T too, the same for every shard")
+    begins = check_start(options.start_at_unix_ns) if options.start_at_unix_ns else None
     made = make_plan(options)
+    if begins is not None:
+        say(begins)
     if plan:
         if json:
             print_json(made.json())
@@ -121,8 +147,8 @@ def replay(
             print_lines([made.text()])
         return
     ask_about(made)
-    long_enough = made.schedule.span_ns >= CALIBRATE_FROM_NS
-    floor = _floor(made) if calibrate or (calibrate is None and long_enough) else None
+    by_itself = made.schedule.span_ns >= CALIBRATE_FROM_NS and not start_at  # it might be missed
+    floor = _floor(made) if calibrate or (calibrate is None and by_itself) else None
     _run(made, fail_on, floor, json=json)
 
 

@@ -7,6 +7,7 @@ and a form that would do. Nothing is guessed: a number without its unit is refus
 
 import re
 from collections.abc import Iterable
+from datetime import datetime
 from fractions import Fraction
 
 from tokentape.traces.errors import UsageError
@@ -16,6 +17,11 @@ _DURATION = re.compile(_NUMBER + "(ns|us|ms|s|m|h)")
 _FACTOR = re.compile(_NUMBER + "x")
 _PERCENT = re.compile(_NUMBER + "%")
 _RATE = re.compile(_NUMBER + "/(s|m|h)")
+_PART = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
+_SECONDS = re.compile(_NUMBER)
+_RFC_3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)", re.ASCII
+)
 _NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _LONGEST = 40  # characters of a number; more is a mistake, and costs time to convert
 _INT64 = 2**63
@@ -26,6 +32,8 @@ WINDOW_FORM = "a window such as 0s..10m, 30s.. or ..10m"
 FACTOR_FORM = "a factor above zero such as 2x or 0.5x"
 PERCENT_FORM = "a share from 0% to 100% such as 50%"
 RATE_FORM = "a rate above zero such as 10/s or 600/m"
+SHARD_FORM = "I/N with I from 0 to N-1, such as 0/4"
+INSTANT_FORM = "an instant such as 2026-11-27T09:30:00Z, or unix seconds such as 1795771800"
 ADDRESS_FORM = "HOST:PORT such as 127.0.0.1:8080; port 0 takes any free one"
 
 
@@ -83,6 +91,34 @@ def address(option: str, text: str) -> tuple[str, int]:
     if not bare or loose or not digits or int(port) > _LAST_PORT or set(bare) & set(" []/@"):
         raise _refusal(option, text, ADDRESS_FORM)
     return bare, int(port)
+
+
+def part(option: str, text: str) -> tuple[int, int]:
+    """(I, N) of `I/N`."""
+    match = _PART.fullmatch(text)
+    index, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if index >= count:
+        raise _refusal(option, text, SHARD_FORM)
+    return index, count
+
+
+def instant_unix_ns(option: str, text: str) -> int:
+    """Ns since 1970 of an RFC 3339 instant (its offset is a must), or of unix seconds."""
+    seconds = _SECONDS.fullmatch(text) if len(text) <= _LONGEST else None
+    match = _RFC_3339.fullmatch(text.upper())
+    if seconds:
+        ns = int(Fraction(seconds[1]) * _NS["s"])
+    elif match:
+        try:
+            whole = datetime.fromisoformat(match[1] + match[3])
+        except ValueError:
+            raise _refusal(option, text, INSTANT_FORM) from None
+        ns = int(whole.timestamp()) * _NS["s"] + int((match[2] or "").ljust(9, "0")[:9])
+    else:
+        raise _refusal(option, text, INSTANT_FORM)
+    if ns >= _INT64:
+        raise _refusal(option, text, INSTANT_FORM)
+    return ns
 
 
 def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
