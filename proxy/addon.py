@@ -402,6 +402,7 @@ class Capture:
         if exchange.relay is not None:
             exchange.relay.end()
             columns["backpressure_ns"] = exchange.relay.backpressure_ns
+            exchange.relay = None  # it knows the stream, which knows the flow, which knows us
         columns |= path_columns(flow, exchange)
         self._recorder.close(exchange.stream, time.monotonic_ns(), columns)
 

@@ -6,6 +6,7 @@ recording and nothing else; the rows say when, and the losses how much.
 """
 
 import asyncio
+import gc
 import json
 import os
 import resource
@@ -47,6 +48,23 @@ class Breaker:
         return self.open
 
 
+class Collections:
+    """The garbage collector's pauses: the longest since it was last asked, and what was found."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self.collected = 0
+        self._begun_s = 0.0
+
+    def __call__(self, phase: str, info: dict[str, int]) -> None:
+        """As gc.callbacks has it."""
+        if phase == "start":
+            self._begun_s = time.perf_counter()
+            return
+        self.longest_s = max(self.longest_s, time.perf_counter() - self._begun_s)
+        self.collected += info["collected"]
+
+
 class Pulse:
     """Beats on a loop from `start` to `stop`; `samples` is the latest sample."""
 
@@ -67,15 +85,18 @@ class Pulse:
         self._since_ns = time.monotonic_ns()
         self._timer: asyncio.TimerHandle | None = None
         self._reads_seen = 0
+        self._collections = Collections()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to beat."""
+        gc.callbacks.append(self._collections)
         self._arm(loop)
 
     def stop(self) -> None:
         """Beat no more, after a last sample."""
         if self._timer is not None:
             self._timer.cancel()
+        gc.callbacks.remove(self._collections)
         self._sample()
 
     def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -102,7 +123,7 @@ class Pulse:
         rows = [_row(name, value) for name, value in samples.items()]
         self._recorder.telemetry(self._since_ns, now_ns, self._source, rows)
         self._since_ns = now_ns
-        self._late_max_s = 0.0
+        self._late_max_s = self._collections.longest_s = 0.0
         self._on_sample(samples | self._recorder.served)
 
     def samples(self) -> Samples:
@@ -111,6 +132,8 @@ class Pulse:
         used = resource.getrusage(resource.RUSAGE_SELF)
         found = {
             "tokentape_loop_lag_max_seconds": self._late_max_s,
+            "tokentape_gc_pause_max_seconds": self._collections.longest_s,
+            "tokentape_gc_collected_objects_total": float(self._collections.collected),
             "tokentape_cpu_seconds_total": used.ru_utime + used.ru_stime,
             "tokentape_resident_bytes": _resident_bytes(),
             "tokentape_open_requests": float(len(capture.open_flows)),
