@@ -7,12 +7,10 @@ is missing is said, and nothing is computed here but the ratio of two shown numb
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tokentape.analysis import display, slo
+from tokentape.analysis.report_rows import ReportRows, Row, ask
 from tokentape.analysis.session import Session
-
-Row = dict[str, Any]
 
 PERCENTILES = ("p50", "p90", "p99", "p99.9")
 LATENCY = (
@@ -27,6 +25,9 @@ LATENCY = (
     "e2e",
     "e2e_content",
     "e2e_arrival",
+    "queue",
+    "prefill",
+    "decode",
 )
 LATENESS = ("send_lag", "schedule_lag")
 RATES = (
@@ -38,56 +39,10 @@ RATES = (
 )
 WEIGHTS = {"request": "requests", "event": "events", "token": "tokens"}
 
-_TAPES = """
-WITH
-  _models AS (
-    SELECT run, list(model ORDER BY requests DESC, model) AS models
-    FROM (SELECT run, model, count(*) AS requests FROM requests GROUP BY ALL)
-    WHERE model IS NOT NULL
-    GROUP BY run
-  )
-SELECT
-  tapes.* EXCLUDE (facts),
-  coalesce(models, []) AS models,
-  from_ns,
-  until_ns,
-  wall_epoch_unix_ns + from_ns AS first_arrival_unix_ns
-FROM tapes
-LEFT JOIN _models USING (run)
-LEFT JOIN (SELECT run, from_ns, until_ns FROM rates) USING (run)
-"""
-_ERRORS = "FROM outcomes_errors ORDER BY requests DESC, outcome, http_status, error_type"
-_CAUSES = "FROM schedule_causes WHERE late_cause IS NOT NULL ORDER BY requests DESC, late_cause"
-
 
 @dataclass(frozen=True)
-class Report:
-    """What a session's tapes say; every list has its rows in the order of the tapes."""
-
-    tapes: list[Row]
-    metrics: list[Row]
-    titles: dict[str, str]
-    clocks: list[Row]
-    quality: list[Row]
-    errors: list[Row]
-    late_causes: list[Row]
-    goodput: list[Row]
-    steady: list[Row]
-    stalls: list[Row]
-
-    def as_dict(self) -> Row:
-        """The tidy rows and the facts, for JSON: stable keys, NULL as None."""
-        return {
-            "tapes": self.tapes,
-            "metrics": self.metrics,
-            "clocks": self.clocks,
-            "quality": self.quality,
-            "errors": self.errors,
-            "late_causes": self.late_causes,
-            "goodput": self.goodput,
-            "steady": self.steady,
-            "stalls": self.stalls,
-        }
+class Report(ReportRows):
+    """The same rows, and their text for people."""
 
     def text(self, width: int = 100) -> str:
         """Tables for a terminal; the ratio of every further tape to the first one."""
@@ -96,6 +51,8 @@ class Report:
             self._outcomes(width),
             self._distributions("latency (outcome ok)", LATENCY, width),
             self._stalls(width),
+            self._phases(width),
+            self._interference(width),
             self._goodput(width),
             self._rates(width),
             self._concurrency(width),
@@ -242,6 +199,41 @@ class Report:
         head = ["stalls over 200 ms and 2 medians", "stalls", "requests hit", "longest"]
         return display.table([*head, "of decode time", "replies"], rows, width) if rows else []
 
+    def _phases(self, width: int) -> list[str]:
+        """Means of a request, so that runs of different length stand side by side."""
+        rows = []
+        for p in self.phases or []:
+            queue, low, high, *others = (
+                display.duration(
+                    None if p[f"{name}_s"] is None else 1e9 * p[f"{name}_s"] / p["requests"]
+                )
+                for name in ("queue", "queue_lo", "queue_hi", "prefill", "decode", "outside")
+            )
+            span = f"{low} .. {high}" if p["method"] == "stream" else "as reported"
+            rows.append([p["run"], p["method"], queue, span, *others, display.count(p["requests"])])
+        head = ["phases, mean", "told by", "queue", "between", "prefill", "decode", "outside", "n"]
+        none = ["no phases: the tapes hold too few streams to estimate them"]
+        return (
+            display.table(head, rows, width, texts=2) if rows else none[: self.phases is not None]
+        )
+
+    def _interference(self, width: int) -> list[str]:
+        rows = []
+        for i in self.interference or []:
+            parts = (f"{name}_s" for name in ("base", "prefill", "unexplained", "over"))
+            rows.append(
+                [
+                    i["run"],
+                    *(f"{100 * i[part] / i['decode_s']:.1f} %" for part in parts),
+                    display.count(i["slow_gaps"]),
+                    *(display.share(i[f"{which}_with_prefill"]) for which in ("slow", "all")),
+                    display.figure(i["lift"]),
+                ]
+            )
+        head = ["decode time", "base", "prefills", "unexplained", "(slower)", "slow gaps"]
+        head += ["with prefill", "all gaps", "lift"]
+        return display.table(head, rows, width) if rows else []
+
     def _goodput(self, width: int) -> list[str]:
         rows = [
             [
@@ -334,29 +326,12 @@ class Report:
         return lines
 
 
-def report(session: Session) -> Report:
-    """Ask all that the report shows; two passes over the events, one for ICL, one for ITL."""
-    order = {run: i for i, run in enumerate(session.labels)}
+def report(session: Session, *, phases: bool = False) -> Report:
+    """The report on a session's tapes.
 
-    def rows(query: str) -> list[Row]:
-        found: list[Row] = session.table(query).to_pylist()
-        return sorted(found, key=lambda row: order[row["run"]])
-
-    tapes = rows(_TAPES)
-    for row, tape in zip(tapes, session.tapes, strict=True):
-        row["facts"] = tape.facts
-    return Report(
-        tapes=tapes,
-        metrics=rows("FROM metrics_long ORDER BY metric, stat"),
-        titles=dict(session.sql("SELECT metric, title FROM metrics").fetchall()),
-        clocks=rows("FROM clocks ORDER BY stamp, requests DESC, clock"),
-        quality=rows("FROM clocks_quality"),
-        errors=rows(_ERRORS),
-        late_causes=rows(_CAUSES),
-        goodput=sorted(slo.goodput(session), key=lambda row: order[row["run"]]),
-        steady=rows("FROM steady"),
-        stalls=rows("FROM stall_rates"),
-    )
+    phases: queue, prefill and decode as well, and what prefills cost others; some passes more.
+    """
+    return Report(**vars(ask(session, phases=phases)))
 
 
 def _span(lo: float | None, hi: float | None) -> str:

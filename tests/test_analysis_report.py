@@ -78,7 +78,10 @@ def test_latency_shows_quantiles_with_their_n_and_no_more_than_it_knows(one: Rep
 
 def test_metrics_without_a_value_are_named_instead_of_shown(one: Report) -> None:
     assert "no values: send after plan" in one.text().splitlines()
-    assert "no values: TTFA from send, TTFA from arrival" in one.text().splitlines()
+    assert (
+        "no values: TTFA from send, TTFA from arrival, queue, prefill, decode"
+        in one.text().splitlines()
+    )
 
 
 def test_stamps_name_their_clocks_and_what_spoils_them(one: Report) -> None:
@@ -119,7 +122,7 @@ def test_an_empty_tape_is_reported_without_a_number(tmp_path: Path) -> None:
 def test_plain_data_is_json_with_stable_keys(one: Report, two: Report) -> None:
     found = json.loads(json.dumps(two.as_dict(), allow_nan=False))
     keys = ["tapes", "metrics", "clocks", "quality", "errors", "late_causes"]
-    assert list(found) == [*keys, "goodput", "steady", "stalls"]
+    assert list(found) == [*keys, "goodput", "steady", "stalls", "phases", "interference"]
     assert [t["run"] for t in found["tapes"]] == ["a.tape", "b.tape"]
     assert found["tapes"][1]["facts"]["verdict"] == VERDICT
     named = [(r["metric"], r["stat"]) for r in one.as_dict()["metrics"]]

@@ -1,7 +1,8 @@
 -- module: metrics.long
 -- requires: prelude.schema, prelude.quantiles, latency.ttft, latency.tpot, latency.icl, latency.itl,
 --   latency.e2e, latency.normalized, latency.stall, throughput.in_flight, throughput.rates, throughput.hardware,
---   cost.price, cost.energy, quality.outcomes, quality.schedule, slo.goodput, throughput.steady
+--   cost.price, cost.energy, quality.outcomes, quality.schedule, slo.goodput, throughput.steady,
+--   phase.phases, phase.interference
 --
 -- Every metric of every run in one tidy table, the only machine output. The same rows for every
 -- run, also where there is no value. A value that is NULL is not known, does not apply, or stands
@@ -31,6 +32,7 @@ FROM (
   UNION ALL BY NAME SELECT * FROM _normalized_samples
   UNION ALL BY NAME SELECT * FROM _user_samples
   UNION ALL BY NAME SELECT * FROM _schedule_samples
+  UNION ALL BY NAME SELECT * FROM _phase_samples
 )
 JOIN tapes USING (run)
 WHERE value IS NOT NULL;

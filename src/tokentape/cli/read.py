@@ -102,19 +102,26 @@ def check(tapes: Tapes, json: Json = False) -> None:
 
 
 def report(
-    tapes: Tapes, slo: Slos = None, json: Json = False, skip_damaged: SkipDamaged = False
+    tapes: Tapes,
+    slo: Slos = None,
+    phases: Annotated[
+        bool, typer.Option("--phases", help="Queue, prefill and decode, and what prefills cost.")
+    ] = False,
+    json: Json = False,
+    skip_damaged: SkipDamaged = False,
 ) -> None:
     """Print the latency, throughput and outcomes of tapes, and their goodput under SLOs.
 
     Every figure comes with how many values stand behind it.
     """
-    print_report(tapes, slo, json=json, skip_damaged=skip_damaged)
+    print_report(tapes, slo, phases=phases, json=json, skip_damaged=skip_damaged)
 
 
 def print_report(
     paths: Sequence[Path],
     slo: Sequence[str] | None = None,
     *,
+    phases: bool = False,
     json: bool,
     skip_damaged: bool = False,
 ) -> None:
@@ -124,7 +131,7 @@ def print_report(
 
     objectives = slos(slo)
     with connect(opened(paths, skip_damaged=skip_damaged), slos=objectives) as session:
-        found = analysis.report(session)
+        found = analysis.report(session, phases=phases)
     if json:
         print_json(found.as_dict())
     else:

@@ -1,0 +1,120 @@
+-- module: phase.prefill
+-- requires: prelude.schema, prelude.quantiles, prelude.lines
+--
+-- What a prefill costs, from the stream alone: a line through the time to the first token of requests
+-- that met nobody else's prefill. Engines batch in steps; a step is seen from outside because all
+-- streams get their tokens at its end.
+
+-- Streams that had a first token, with what they had to prefill. Where nearly all reply heads came
+-- well after the send and before the first token (vLLM sends them when the prompt has been read), the
+-- head's time is the anchor: reading and tokenising are over by then. A server is a run and its server_id.
+CREATE VIEW _phase_streams AS
+WITH
+  _first AS (
+    SELECT
+      {'run': run, 'server_id': server_id} AS key,
+      run,
+      request_id,
+      sent_ns,
+      response_headers_ns AS head_ns,
+      first_content_ns AS first_ns,
+      last_content_ns AS last_ns,
+      greatest(input_tokens - coalesce(cached_tokens, 0), 0) AS uncached
+    FROM requests
+    WHERE first_content_ns >= sent_ns
+  ),
+  _heads AS (
+    SELECT key, avg((head_ns BETWEEN sent_ns + 500000 AND first_ns - 5000000)::INTEGER) > 0.9 AS early
+    FROM _first
+    GROUP BY key
+  )
+SELECT _first.*, CASE WHEN early THEN greatest(head_ns, sent_ns) ELSE sent_ns END AS anchor_ns
+FROM _first
+JOIN _heads ON _heads.key = _first.key;
+
+-- A step without prefill: the lower quartile of the gaps between events.
+CREATE VIEW _phase_steps AS
+WITH
+  _counts AS (
+    SELECT {'run': run, 'server_id': server_id} AS key, gap_us AS value, count(*) AS n
+    FROM gaps
+    GROUP BY ALL
+  ),
+  _below AS (
+    SELECT
+      key,
+      value,
+      sum(n) OVER (PARTITION BY key ORDER BY value) AS below,
+      sum(n) OVER (PARTITION BY key) AS total
+    FROM _counts
+  )
+SELECT
+  key,
+  1000.0::DOUBLE * min(value) FILTER (4 * below >= total) AS step_ns,
+  1000.0::DOUBLE * min(value) FILTER (1000 * below >= 999 * total) AS longest_ns
+FROM _below
+GROUP BY key;
+
+-- Busy periods: requests in order of their first token, cut where everyone who came before has one.
+-- Points of the line: prompt tokens of a period against its length; periods of one request where
+-- there are 20, else all.
+CREATE VIEW _prefill_points AS
+WITH
+  _order AS (
+    SELECT
+      *,
+      lag(first_ns) OVER w AS before_ns,
+      min(anchor_ns) OVER (
+        PARTITION BY key
+        ORDER BY first_ns, anchor_ns, request_id
+        ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING
+      ) AS earliest_ns
+    FROM _phase_streams
+    WHERE uncached IS NOT NULL
+    WINDOW w AS (PARTITION BY key ORDER BY first_ns, anchor_ns, request_id)
+  ),
+  _numbered AS (
+    SELECT
+      *,
+      sum((before_ns IS NULL OR before_ns <= earliest_ns)::INTEGER) OVER (
+        PARTITION BY key
+        ORDER BY first_ns, anchor_ns, request_id
+      ) AS period
+    FROM _order
+  ),
+  _periods AS (
+    SELECT
+      key,
+      count(*) AS requests,
+      sum(uncached)::DOUBLE AS x,
+      (max(first_ns) - min(anchor_ns))::DOUBLE AS y
+    FROM _numbered
+    GROUP BY key, period
+  )
+SELECT key, x, y
+FROM _periods
+QUALIFY requests = 1 OR sum((requests = 1)::INTEGER) OVER (PARTITION BY key) < 20;
+
+-- What a prefill costs on each server.
+-- col run VARCHAR: label of the tape
+-- col server_id VARCHAR: replica, where known
+-- col step_ns DOUBLE (ns): a step that prefills nothing
+-- col longest_ns DOUBLE (ns): 99.9 % of all gaps are no longer: a full step
+-- col prefill_ns_per_token DOUBLE (ns): time that an uncached prompt token takes
+-- col outside_ns DOUBLE (ns): network and frontend before the engine, at no tokens: the line's intercept
+--   less two steps. Half a step of waiting and the tokens that a step prefills for nothing, because
+--   it is bound by memory, cancel to 2 ms on an H100
+-- col points BIGINT: busy periods that the line stands on
+CREATE VIEW prefill_fit AS
+WITH _lines AS (SELECT * FROM _trimmed_line('_prefill_points'))
+SELECT
+  _lines.key.run AS run,
+  _lines.key.server_id AS server_id,
+  step_ns,
+  longest_ns,
+  slope AS prefill_ns_per_token,
+  greatest(intercept - 2 * step_ns, 0) AS outside_ns,
+  n AS points
+FROM _lines
+JOIN _phase_steps ON _phase_steps.key = _lines.key
+WHERE slope > 0;

@@ -1,0 +1,136 @@
+"""A model of an engine that schedules one step ahead of its GPU, as vLLM does; for tests only.
+
+First come, first served, chunked prefill under a token budget, seats for so many sequences. It
+says what a client would see, and when each request was queued and scheduled. Units are ns.
+"""
+
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rows import streamed_row
+from tokentape.traces.identity import request_id
+
+FRONTEND_NS, FRONTEND_NS_PER_TOKEN, NETWORK_NS = 12e6, 2e3, 2e6
+STEP_NS, STEP_NS_PER_SEQUENCE, NS_PER_PREFILL_TOKEN = 6e6, 3e4, 23e3
+
+
+@dataclass
+class Load:
+    """Arrivals of a Poisson process, alone or in bursts, with log-normal lengths."""
+
+    per_s: float
+    seconds: int
+    prompt: float = 500.0  # median tokens
+    burst: int = 1
+    seats: int = 256
+    budget_tokens: int = 8192
+    seed: int = 1
+    heads: bool = True  # reply heads are sent when the prompt has been read, as vLLM does
+
+
+@dataclass
+class Run:
+    """What happened to each request, in order of arrival."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    queue_ns: list[float] = field(default_factory=list)
+    prefill_ns: list[float] = field(default_factory=list)
+
+
+class _Engine:
+    def __init__(self, load: Load, ready_ns: Any, prompts: Any, outputs: Any) -> None:
+        self.load, self.ready_ns = load, ready_ns
+        self.order = deque(np.argsort(ready_ns, kind="stable").tolist())
+        self.left, self.todo = prompts.copy(), outputs.copy()
+        self.seen_ns, self.scheduled_ns = np.zeros(len(prompts)), np.zeros(len(prompts))
+        self.tokens_ns: list[list[float]] = [[] for _ in prompts]
+        self.waiting: deque[int] = deque()
+        self.running: list[int] = []
+
+    def schedule(self, now: float) -> tuple[float, list[int]] | None:
+        """The next step: how long it takes, and who gets a token at its end."""
+        while self.order and self.ready_ns[self.order[0]] <= now:
+            self.seen_ns[self.order[0]] = now
+            self.waiting.append(self.order.popleft())
+        budget, prefill, made, busy = self.load.budget_tokens, 0, list[int](), 0
+        members = list(self.running)
+        while budget > 0 and (members or (self.waiting and len(self.running) < self.load.seats)):
+            if members:
+                i = members.pop(0)
+            else:
+                i = self.waiting.popleft()
+                self.running.append(i)
+                self.scheduled_ns[i] = now
+            tokens = min(max(int(self.left[i]), 1), budget)
+            prefill += tokens if self.left[i] else 0
+            self.left[i] = max(self.left[i] - tokens, 0)
+            budget, busy = budget - tokens, busy + 1
+            if not self.left[i]:
+                made.append(i)
+                self.todo[i] -= 1
+                if not self.todo[i]:
+                    self.running.remove(i)
+        took = STEP_NS + STEP_NS_PER_SEQUENCE * busy + NS_PER_PREFILL_TOKEN * max(0, prefill - 150)
+        return (took, made) if busy else None
+
+    def run(self) -> None:
+        now, current, ahead = 0.0, None, None
+        while self.order or self.waiting or self.running or current:
+            if current is None:
+                current = self.schedule(now)
+                if current is None:
+                    now = float(self.ready_ns[self.order[0]])
+                    continue
+                ahead = self.schedule(now)
+            now += current[0]
+            for i in current[1]:
+                self.tokens_ns[i].append(now)
+            current = ahead
+            ahead = self.schedule(now) if current else None
+
+
+def simulate(load: Load) -> Run:
+    """Serve a load; the rows have what a client sees."""
+    rng = np.random.default_rng(load.seed)
+    starts = np.sort(rng.uniform(0, load.seconds, int(load.per_s * load.seconds) // load.burst))
+    arrivals = np.sort(
+        starts.repeat(load.burst) * 1e9 + rng.uniform(0, 3e6, len(starts) * load.burst)
+    )
+    prompts = np.clip(rng.lognormal(np.log(load.prompt), 0.8, len(arrivals)), 8, 14000).astype(int)
+    outputs = np.clip(rng.lognormal(5, 0.7, len(arrivals)), 2, 1000).astype(int)
+    frontend = FRONTEND_NS + FRONTEND_NS_PER_TOKEN * prompts + rng.exponential(2e6, len(arrivals))
+    engine = _Engine(load, arrivals + frontend, prompts, outputs)
+    engine.run()
+    run = Run()
+    for i, tokens in enumerate(engine.tokens_ns):
+        sent = int(arrivals[i])
+        delays = NETWORK_NS + rng.exponential(3e5, len(tokens))
+        off = np.maximum.accumulate((np.array(tokens) + delays - sent) // 1000).astype(int)
+        head = sent + int(frontend[i] + NETWORK_NS) if load.heads else 0
+        run.rows.append(_row(sent, off, int(prompts[i]), head))
+        run.queue_ns.append(engine.scheduled_ns[i] - engine.seen_ns[i])
+        run.prefill_ns.append(tokens[0] - engine.scheduled_ns[i])
+    return run
+
+
+def _row(sent: int, off_us: Any, prompt_tokens: int, head_ns: int) -> dict[str, Any]:
+    first, last = sent + int(off_us[0]) * 1000, sent + int(off_us[-1]) * 1000
+    return streamed_row(0, len(off_us)) | {
+        "request_id": request_id(sent),
+        "arrival_ns": sent,
+        "send_ns": sent,
+        "send_end_ns": sent,
+        "response_headers_ns": head_ns or first,
+        "first_byte_ns": head_ns or first,
+        "first_content_ns": first,
+        "first_answer_ns": first,
+        "last_content_ns": last,
+        "end_ns": last + 300_000,
+        "off_us": array("I", off_us.tolist()),
+        "input_tokens": prompt_tokens,
+        "output_tokens": len(off_us),
+    }
