@@ -460,6 +460,8 @@ def test_every_column_that_a_table_macro_returns_is_documented(session: Session)
         "in_flight_over_time": "FROM {}(1000000000)",
         "goodput_judged": "FROM {}('slos')",
         "goodput_under": "FROM {}('slos')",
+        "tails_of": "FROM {}('ttft', 0.99)",
+        "tails_groups": "FROM {}('ttft', 0.99)",
     }
     macros = {made.name: made for made in public_objects() if made.kind == "MACRO TABLE"}
     assert set(macros) == set(calls)

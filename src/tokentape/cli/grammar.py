@@ -40,6 +40,7 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
     ("recover", record.recover, "tokentape recover prod.tape"),
     ("report", read.report, "tokentape report prod.tape run.tape"),
     ("compare", judge.compare, "tokentape compare prod.tape run.tape"),
+    ("tails", judge.tails, "tokentape tails prod.tape --metric ttft --above p99"),
     ("sql", read.sql, 'tokentape sql prod.tape "select count(*) from requests"'),
     ("metrics", read.metrics, "tokentape metrics"),
 ]

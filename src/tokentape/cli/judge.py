@@ -1,4 +1,4 @@
-"""Verbs that set runs against each other: compare."""
+"""Verbs that judge runs: compare sets two against each other, tails finds the worst requests."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tokentape.cli.output import print_json, print_lines
-from tokentape.cli.read import REPORT_COLUMNS, opened
+from tokentape.cli.read import REPORT_COLUMNS, Tapes, opened
 from tokentape.cli.record import Json
 from tokentape.traces.errors import GateNotMet
 
@@ -41,3 +41,29 @@ def compare(
         print_lines([found.text(REPORT_COLUMNS).rstrip("\n")])
     if failures:
         raise GateNotMet(f"compare: {'; '.join(failures)}")
+
+
+def tails(
+    tapes: Tapes,
+    metric: Annotated[
+        str, typer.Option(metavar="NAME", help="ttft, ttft_arrival, ttfa, tpot, e2e, send_lag, ...")
+    ] = "ttft",
+    above: Annotated[
+        str, typer.Option(metavar="PERCENTILE", help="Where the tail begins.")
+    ] = "p99",
+    json: Json = False,
+) -> None:
+    """Find what the slowest requests share, and name them.
+
+    Each property comes with its lift: how many times as common it is in the tail as among all. The
+    SQL that says the same is printed for `tokentape sql`.
+    """
+    from tokentape.analysis import tails as analysis
+    from tokentape.analysis.session import connect
+
+    with connect(opened(tapes, skip_damaged=False)) as session:
+        found = analysis.tails(session, metric, above)
+    if json:
+        print_json([one.as_dict() for one in found])
+    else:
+        print_lines(["\n".join(one.text(REPORT_COLUMNS) for one in found).rstrip("\n")])
