@@ -1,25 +1,30 @@
 """Errors of a replay, by a server that knows the truth: event arrivals and the schedule.
 
     python tests/bench/bench_replay.py REFSERVER_DIR [--rates 100,200,500] [--seconds 8]
-        [--tokens 50] [--gap-ms 20] [--step] [--control] [--first]
+        [--tokens 50] [--gap-ms 20] [--step] [--burst 0] [--stall-ms 0] [--runs 1] [--control]
+        [--first]
 
 REFSERVER_DIR holds `refserver` (built) and its `truth.py`. Every rate is one whole replay: a
-synthetic tape, plan, run, tape, verdict; the errors are read from the run's tape. `--step` makes
-all streams of the server step together; `--control` runs the server's naive client in the same
-minute; `--first` gives server and clients (not the tape's writer) real-time priority, where that is
-allowed. All errors in us. Trust a line only if the server's own lateness is low and steal is under
-1 %.
+synthetic tape, plan, run, tape, verdict; the errors are read from the run's tape. The server has
+core 0, the client core 1. `--step` makes all streams of the server step together; `--burst N` sends
+N requests at the first instant; `--stall-ms` blocks the replay's own event loop for so long twice a
+second; `--control` runs the server's naive client in the same minute; `--first` gives server and
+clients (not the tape's writer) real-time priority, where that is allowed. All errors in us. Trust a
+line only if the server's own lateness is low and steal is under 1 %.
 """
 
 import argparse
+import asyncio
 import dataclasses
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +36,7 @@ import pyarrow.parquet as pq
 
 from tokentape.replay.ahead import Outgoing
 from tokentape.replay.plan import Plan, ReplayOptions, make_plan
+from tokentape.replay.progress import Progress
 from tokentape.replay.run import run_plan
 from tokentape.traces.reader import Tape, open_tape
 from tokentape.traces.writer import TapeWriter
@@ -38,6 +44,7 @@ from tokentape.traces.writer import TapeWriter
 NS_PER_S = 1_000_000_000
 PROMPT_TOKENS = 200
 PORT = 18_080
+SERVER_CORE, CLIENT_CORE = {0}, {1}
 URL = f"http://127.0.0.1:{PORT}"
 
 
@@ -45,15 +52,18 @@ class TaggedPlan(Plan):
     """A plan whose requests carry their number, so that the server's log can be joined."""
 
     def outgoing(self, number: int) -> Outgoing:
+        if number == 0:  # the tape's writer has been started by now, and may run where it likes
+            os.sched_setaffinity(0, CLIENT_CORE)
         out = super().outgoing(number)
         return dataclasses.replace(out, headers=out.headers | {"x-tag": str(number)})
 
 
-def synthetic_tape(path: Path, rate: int, seconds: float, tokens: int) -> Path:
-    """Constant rate, one length."""
+def synthetic_tape(path: Path, rate: int, seconds: float, tokens: int, burst: int) -> Path:
+    """Constant rate, one length; before that as many at once as `burst` says."""
     writer = TapeWriter.create(path, role="import", command=[], options={}, facts={})
-    for number in range(int(rate * seconds)):
-        row = {"request_id": number.to_bytes(16), "arrival_ns": number * NS_PER_S // rate}
+    for number in range(burst + int(rate * seconds)):
+        at_ns = max(0, number - burst) * NS_PER_S // rate
+        row = {"request_id": number.to_bytes(16), "arrival_ns": at_ns}
         counts = {"input_tokens": PROMPT_TOKENS, "output_tokens": tokens}
         writer.append(row | counts | {"outcome": "ok"})
     writer.close()
@@ -114,30 +124,49 @@ def line(name: str, found: dict[str, Any], more: str) -> str:
     )
 
 
+def stalling(seconds: float) -> Callable[[Progress], None]:
+    """Told of progress each second, it blocks the event loop now and half a second later."""
+
+    def progress(_: Progress) -> None:
+        time.sleep(seconds)
+        asyncio.get_running_loop().call_later(0.5, time.sleep, seconds)
+
+    return progress
+
+
 def replay_once(args: argparse.Namespace, truth: ModuleType, folder: Path, rate: int) -> str:
-    source = synthetic_tape(folder / f"source-{rate}", rate, args.seconds, args.tokens)
+    source = synthetic_tape(folder / f"source-{rate}", rate, args.seconds, args.tokens, args.burst)
     options = ReplayOptions(source=source, to=URL, tape=folder / f"run-{rate}", seed=1)
     plan = make_plan(options)
     tagged = TaggedPlan(**{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)})
     urllib.request.urlopen(URL + "/__reset").read()
-    cpu = time.process_time()
-    summary = run_plan(tagged)
-    cpu = time.process_time() - cpu
+    summary = run_plan(tagged, stalling(args.stall_ms / 1000) if args.stall_ms else None)
+    os.sched_setaffinity(0, SERVER_CORE | CLIENT_CORE)
     seen, due = seen_by_replay(open_tape(summary.tape))
-    found = compare(truth, folder / "log", seen, due)
+    found = compare(truth, args.log, seen, due)
     figures = summary.verdict.figures
+    ends = open_tape(summary.tape).read(["arrival_ns", "end_ns"])
+    lasted_s = (pc.max(ends["end_ns"]).as_py() - pc.min(ends["arrival_ns"]).as_py()) / NS_PER_S
+    cpu_us = figures["cpu_share"] * lasted_s * 1e6
     more = (
         f"{summary.verdict.level}, coalesced {100 * (figures['coalesced_share'] or 0):.2f} %, "
         f"rate {100 * (figures['rate']['achieved_over_offered'] or 0):.2f} %, "
-        f"cpu {1e6 * cpu / max(1, summary.rows):.0f} us/req, steal {figures['steal_share']}"
+        f"cpu {cpu_us / max(1, summary.events):.1f} us/event "
+        f"{cpu_us / max(1, summary.rows):.0f} us/request, steal {figures['steal_share']}"
     )
-    return line(f"replay {rate}/s", found, more)
+    reasons = "".join(f"\n    {reason}" for reason in summary.verdict.reasons)
+    return line(f"replay {rate}/s", found, more + reasons)
 
 
 def control_once(args: argparse.Namespace, truth: ModuleType, folder: Path, rate: int) -> str:
     urllib.request.urlopen(URL + "/__reset").read()
     out = folder / f"control-{rate}.parquet"
-    client = ["chrt", "-f", "40"] if args.first else []
+    client = [
+        "taskset",
+        "-c",
+        *map(str, CLIENT_CORE),
+        *(["chrt", "-f", "40"] if args.first else []),
+    ]
     client += [sys.executable, str(args.refserver / "example_client.py")]
     subprocess.run([*client, str(rate), str(args.seconds), str(args.tokens), str(out)], check=True)
     table = pq.read_table(out)
@@ -148,7 +177,7 @@ def control_once(args: argparse.Namespace, truth: ModuleType, folder: Path, rate
             "t_ns": truth.pick(table, "t", None),
         }
     )
-    return line(f"naive client {rate}/s", compare(truth, folder / "log", seen, None), "")
+    return line(f"naive client {rate}/s", compare(truth, args.log, seen, None), "")
 
 
 def main() -> None:
@@ -161,26 +190,33 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=50)
     parser.add_argument("--gap-ms", type=float, default=20)
     parser.add_argument("--step", action="store_true")
+    parser.add_argument("--burst", type=int, default=0)
+    parser.add_argument("--stall-ms", type=float, default=0)
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--first", action="store_true")
     args = parser.parse_args()
     truth = load_truth(args.refserver)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        args.log = folder / "log"
         flags = ["-b"] if args.step else ["-j"]
         command = [str(args.refserver / "refserver"), "-p", str(PORT), "-1", "100000"]
         command += ["-2", str(int(args.gap_ms * 1000)), "-l", str(folder / "log"), *flags]
         server = subprocess.Popen(command)
+        os.sched_setaffinity(server.pid, SERVER_CORE)
         if args.first:
             os.sched_setscheduler(server.pid, os.SCHED_FIFO, os.sched_param(50))
             clients = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
             os.sched_setscheduler(0, clients, os.sched_param(40))
         try:
             time.sleep(0.3)
-            for rate in map(int, args.rates.split(",")):
-                print(replay_once(args, truth, folder, rate), flush=True)
+            for n in range(args.runs):
+                (folder / str(n)).mkdir()
+            for run, rate in itertools.product(range(args.runs), map(int, args.rates.split(","))):
+                print(replay_once(args, truth, folder / str(run), rate), flush=True)
                 if args.control:
-                    print(control_once(args, truth, folder, rate), flush=True)
+                    print(control_once(args, truth, folder / str(run), rate), flush=True)
         finally:
             server.terminate()
             server.wait()
