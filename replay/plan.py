@@ -63,6 +63,7 @@ class ReplayOptions:
     max_requests: int | None = None
     max_tokens: int | None = None
     timeout_ns: int | None = None  # per request; None waits for ever
+    precise: bool = False  # wait for each due time awake: a core is busier, sends are exacter
     include_failed: bool = False
     workers: int = 1
     shard: Shard | None = None
@@ -85,6 +86,7 @@ class ReplayOptions:
             "max_requests": self.max_requests,
             "max_tokens": self.max_tokens,
             "timeout_ns": self.timeout_ns,
+            "precise": self.precise,
             "include_failed": self.include_failed,
             "workers": self.workers,
             "shard": str(self.shard) if self.shard else None,
@@ -127,6 +129,7 @@ class Plan:
             target=self.target,
             peak_in_flight=schedule.peak_in_flight,
             timeout_ns=self.options.timeout_ns,
+            precise=self.options.precise,
         )
 
     def outgoing(self, number: int) -> Outgoing:

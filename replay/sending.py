@@ -64,6 +64,7 @@ async def send_share(
                 build,
                 warm=max(1, warm),
                 timeout_ns=share.timeout_ns,
+                precise=share.precise,
                 worker=worker,
                 start=start,
                 progress=_with_served(progress, recorder) if progress else None,

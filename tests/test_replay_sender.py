@@ -105,9 +105,10 @@ def answer(seen: Seen) -> Sequence[Step]:
     return plain(200, seen.json["n"])
 
 
-def test_every_request_is_sent_at_its_own_instant_and_none_before() -> None:
+@pytest.mark.parametrize("precise", [False, True])
+def test_every_request_is_sent_at_its_own_instant_and_none_before(*, precise: bool) -> None:
     due = [n * 4 * MS for n in range(100)]
-    sent, rows, server = send(answer, due, warm=4)
+    sent, rows, server = send(answer, due, warm=4, precise=precise)
     assert (sent.sent, sent.not_sent, sent.stopped) == (100, 0, False)
     assert sent.outcomes == {"ok": 100}
     by_number = sorted(server.seen, key=lambda s: s.json["n"])

@@ -1,8 +1,8 @@
 """Errors of a replay, by a server that knows the truth: event arrivals and the schedule.
 
     python tests/bench/bench_replay.py REFSERVER_DIR [--rates 100,200,500] [--seconds 8]
-        [--tokens 50] [--gap-ms 20] [--step] [--burst 0] [--stall-ms 0] [--runs 1] [--control]
-        [--first]
+        [--tokens 50] [--gap-ms 20] [--step] [--burst 0] [--stall-ms 0] [--precise] [--runs 1]
+        [--control] [--first]
 
 REFSERVER_DIR holds `refserver` (built) and its `truth.py`. Every rate is one whole replay: a
 synthetic tape, plan, run, tape, verdict; the errors are read from the run's tape. The server has
@@ -137,6 +137,7 @@ def stalling(seconds: float) -> Callable[[Progress], None]:
 def replay_once(args: argparse.Namespace, truth: ModuleType, folder: Path, rate: int) -> str:
     source = synthetic_tape(folder / f"source-{rate}", rate, args.seconds, args.tokens, args.burst)
     options = ReplayOptions(source=source, to=URL, tape=folder / f"run-{rate}", seed=1)
+    options.precise = args.precise
     plan = make_plan(options)
     tagged = TaggedPlan(**{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)})
     urllib.request.urlopen(URL + "/__reset").read()
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--step", action="store_true")
     parser.add_argument("--burst", type=int, default=0)
     parser.add_argument("--stall-ms", type=float, default=0)
+    parser.add_argument("--precise", action="store_true")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--first", action="store_true")

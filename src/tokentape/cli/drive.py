@@ -60,6 +60,10 @@ def replay(
     timeout: Annotated[
         str, typer.Option(metavar="DURATION", help="Longest that a request may take.")
     ] = "600s",
+    precise: Annotated[
+        bool,
+        typer.Option("--precise", help="Wait for due times awake: exacter sends, a busier core."),
+    ] = False,
     include_failed: Annotated[
         bool, typer.Option("--include-failed", help="Also what never reached an engine.")
     ] = False,
@@ -126,6 +130,7 @@ def replay(
         max_requests=max_requests,
         max_tokens=max_tokens,
         timeout_ns=_some_time("--timeout", timeout),
+        precise=precise,
         include_failed=include_failed,
         workers=workers,
         shard=Shard(*units.part("--shard", shard)) if shard is not None else None,
