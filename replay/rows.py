@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tokentape.replay.prompts import NO_BLOCKS, Blocks
+from tokentape.replay.schedule import PART
 from tokentape.traces.errors import TapeError
 
 SESSION = ("session_id", "session_source", "turn_index")
@@ -181,12 +182,13 @@ class ReadAhead:
 
     def __init__(self, rows: TapeRows, positions: Positions) -> None:
         self._rows = rows
-        groups = rows.group_of(positions)
         count = len(positions)
         first, last = np.full(len(rows.groups), count), np.full(len(rows.groups), -1)
-        numbers = np.arange(count, dtype=np.int32)
-        last[groups] = numbers  # of equal places the last one stays
-        first[groups[::-1]] = numbers[::-1]
+        for at in range(0, count, PART):  # long arrays in parts, for the sake of memory
+            groups = rows.group_of(positions[at : at + PART])
+            numbers = np.arange(at, at + len(groups))
+            np.minimum.at(first, groups, numbers)
+            np.maximum.at(last, groups, numbers)
         used = np.flatnonzero(last >= 0)
         self._opening = used[np.argsort(first[used], kind="stable")]
         self._first = np.sort(first[used])

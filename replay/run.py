@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tokentape.replay.crew import Crew, Member
-from tokentape.replay.health import cores
+from tokentape.replay.health import cores, return_memory
 from tokentape.replay.plan import Plan, ReplayOptions, make_plan
 from tokentape.replay.progress import Progress
 from tokentape.replay.sender import Sent
@@ -97,6 +97,7 @@ def _alone(
     """Send it all from this process."""
     recorder = Recorder.start(tape, worker=plan.worker_names[0], **_about(plan))
     try:
+        plan.settle()
         work = send_share(
             plan.whole,
             recorder,
@@ -125,6 +126,8 @@ def _by_crew(
             Member(n, np.flatnonzero(shard == k).astype(np.int32)) for k, n in enumerate(names)
         ]
         crew = Crew(plan.whole, [m for m in members if len(m.numbers)], tape, lock_fd)
+        del shard, members
+        return_memory()
         run_facts: dict[str, Any] = {"failed": True}
         try:
             asyncio.run(crew.run(_stopped_by_signals, start, progress))

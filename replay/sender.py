@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokentape.replay.ahead import Ahead, ArmTimes, Outgoing
-from tokentape.replay.health import Health, Watch
+from tokentape.replay.health import Health, Watch, return_memory
 from tokentape.replay.progress import Progress
 from tokentape.replay.start import Start, StartAt
 from tokentape.replay.timer import AbsoluteTimer, precise_wakeups
@@ -181,6 +181,7 @@ class Sender:
             self._ahead.build()
             if len(self._ahead) % 64 == 0:
                 await asyncio.sleep(0)  # a signal may want to stop us
+        return_memory()
         await self._unless_stopped(self._start.prepared())
         if not len(self._due_ns) or self._stopped:
             self._posted.set()

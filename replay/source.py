@@ -79,13 +79,13 @@ def read_source(tape: Tape, *, include_failed: bool = False) -> tuple[Source, Of
     pa.default_memory_pool().release_unused()
     guessed: dict[str, int] = {}
     inputs, outputs = scan.input_tokens(guessed), scan.output_tokens(guessed)
-    guess = GUESSED_START_NS + GUESSED_NS_PER_TOKEN * outputs.astype(np.int64)
+    scan.guess_durations()
     reason, reasons = scan.reasons()
     offered = Offered(
         arrival_ns=scan.arrival_ns,
         input_tokens=inputs,
         output_tokens=outputs,
-        duration_ns=np.where(scan.duration_ns > 0, scan.duration_ns, guess),
+        duration_ns=scan.duration_ns,
         reason=reason,
         reasons=reasons,
     )
@@ -270,6 +270,14 @@ class _Scan:
             self._outputs[places] = np.where(limits < 0, median, limits)
         guessed["output tokens of failed requests guessed"] = len(places)
         return self._outputs
+
+    def guess_durations(self) -> None:
+        """Put durations where none were recorded."""
+        for at in range(0, len(self.duration_ns), BATCH_ROWS):
+            some = slice(at, at + BATCH_ROWS)
+            missing = self.duration_ns[some] <= 0
+            tokens = self._outputs[some][missing].astype(np.int64)
+            self.duration_ns[some][missing] = GUESSED_START_NS + GUESSED_NS_PER_TOKEN * tokens
 
     @property
     def bytes_per_token(self) -> float:
