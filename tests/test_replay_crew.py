@@ -6,6 +6,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -222,15 +223,17 @@ def test_shards_of_two_hosts_are_the_plan_at_one_instant(tmp_path: Path, source:
         run_plan(planned(source, server, tmp_path / "whole"))
         alone = bodies(server)
         server.seen.clear()
+        at = wall_unix_ns() + 3 * SECOND
+        shards = [{"shard": Shard(index, 2), "start_at_unix_ns": at} for index in range(2)]
+        plans = [planned(source, server, tmp_path / f"s{n}", **s) for n, s in enumerate(shards)]
+        with ThreadPoolExecutor() as hosts:
+            summaries = list(hosts.map(run_plan, plans))
         seen: dict[bytes, int] = {}
-        for index in range(2):  # hosts take turns here, each has a start of its own
-            at = wall_unix_ns() + SECOND
-            shard = {"shard": Shard(index, 2), "start_at_unix_ns": at}
-            plan = planned(source, server, tmp_path / f"s{index}", **shard)
+        for index, plan in enumerate(plans):
             said = f"plan: shard {index}/2: {len(plan)} of the plan's {REQUESTS} requests"
             assert said in plan.text() and 0 < len(plan) < REQUESTS
-            assert run_plan(plan).rows == len(plan)
-            tape = open_tape(tmp_path / f"s{index}")
+            assert summaries[index].rows == len(plan)
+            tape = open_tape(summaries[index].tape)
             mine = {k: t - at for k, t in due(tape).items()}
             assert not seen.keys() & mine.keys()
             seen |= mine
