@@ -123,6 +123,21 @@ def estimate(values: Floats, at_ns: Ints, p: float, weights: Floats | None = Non
     return Estimate(value, lo, hi if n >= least_for_interval(p) else None, n, n_eff)
 
 
+def mean(values: Floats, at_ns: Ints) -> Estimate:
+    """The mean of equally long slices of time, with its interval; None where there are none."""
+    n = len(values)
+    if not n:
+        return Estimate(None, None, None, 0, None)
+    blocks, n_blocks = blocks_of(at_ns)
+    if n_blocks < LEAST_BLOCKS:
+        return Estimate(float(values.mean()), None, None, n, None)
+    draws = resamples(n_blocks)
+    sums = draws @ np.bincount(blocks, values, minlength=n_blocks)
+    counts = draws @ np.bincount(blocks, minlength=n_blocks)
+    lo, hi = interval(sums / np.maximum(counts, 1e-300), n_blocks) or (None, None)
+    return Estimate(float(values.mean()), lo, hi, n, None)
+
+
 def share(hits: Floats, at_ns: Ints, weights: Floats | None = None) -> Estimate:
     """The part of requests with hits = 1 (else 0), with its interval; None where there are none.
 

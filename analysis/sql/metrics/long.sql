@@ -2,7 +2,7 @@
 -- requires: prelude.schema, prelude.quantiles, latency.ttft, latency.tpot, latency.icl, latency.itl,
 --   latency.e2e, latency.normalized, latency.stall, throughput.in_flight, throughput.rates, throughput.hardware,
 --   cost.price, cost.energy, quality.outcomes, quality.schedule, slo.goodput, throughput.steady,
---   phase.phases, phase.interference, tails.tails
+--   phase.phases, phase.interference, tails.tails, frontier.frontier
 --
 -- Every metric of every run in one tidy table, the only machine output. The same rows for every
 -- run, also where there is no value. A value that is NULL is not known, does not apply, or stands

@@ -75,7 +75,8 @@ WITH
     SELECT
       *,
       CASE
-        WHEN in_flight IS NULL THEN 'the run ends before its ramp does'
+        WHEN drift IS NULL THEN 'the run ends before its ramp does'
+        WHEN arrivals < 20 THEN 'too few arrivals (n=' || arrivals || ')'
         WHEN abs(drift) > 0.1 THEN 'the number in flight has a trend'
         WHEN abs(halves) > 2.1 THEN 'the halves of the window differ'
       END AS why

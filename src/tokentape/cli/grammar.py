@@ -1,7 +1,7 @@
 """The grammar: `tokentape VERB [TAPE...] [--option value-with-unit]`.
 
-Verbs are plain functions in record.py, drive.py, calibrate.py and read.py; this file hands them to
-typer with their examples and runs the one that was asked for. It must never import a room.
+Verbs are plain functions in the files beside this one, which hands them to typer with their
+examples and runs the one that was asked for. It must never import a room.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import tokentape
-from tokentape.cli import calibrate, drive, judge, read, record
+from tokentape.cli import calibrate, drive, judge, read, record, size
 
 # Every verb with the example that ends its help; tests run each of them.
 VERBS: list[tuple[str, Callable[..., Any], str]] = [
@@ -41,6 +41,8 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
     ("report", read.report, "tokentape report prod.tape run.tape"),
     ("compare", judge.compare, "tokentape compare prod.tape run.tape"),
     ("tails", judge.tails, "tokentape tails prod.tape --metric ttft --above p99"),
+    ("frontier", size.frontier, "tokentape frontier run.tape --gpus 1 --slo ttft=5s,tpot=50ms"),
+    ("fleet", size.fleet, "tokentape fleet prod.tape run.tape --gpus 1 --slo ttft=5s,tpot=50ms"),
     ("sql", read.sql, 'tokentape sql prod.tape "select count(*) from requests"'),
     ("metrics", read.metrics, "tokentape metrics"),
 ]
