@@ -241,29 +241,29 @@ def _warnings(
     return found
 
 
-def judge(found: Comparison, gates: Sequence[str]) -> list[str]:
-    """What fails of the gates, one line each: a change beyond its limit that is clearly not zero.
+def judge(found: Comparison, gates: Sequence[str]) -> dict[str, str | None]:
+    """Why each gate fails, or None: it fails on a change beyond its limit that is clearly not zero.
 
     A gate on too few pairs fails too: nothing was shown. UsageError where a gate cannot be read.
     """
-    failures = []
-    for gate in gates:
-        match = _GATE.fullmatch(gate.strip())
-        if not match or (match[1] and match[1] not in METRICS):
-            raise UsageError(f"--fail-if {gate}: need {GATE_FORM}; METRIC of {', '.join(METRICS)}")
-        if match[4]:
-            more = found.failed["B"] - found.failed["A"]
-            if more > float(match[5]) / 100:
-                failures.append(f"{gate}: {more:+.2%} of requests")
-            continue
-        [effect] = [
-            e for e in found.effects if (e.group, e.metric, e.stat) == ("all", match[1], match[2])
-        ]
-        if effect.change is None or effect.lo is None:
-            failures.append(f"{gate}: too few pairs (n={effect.n})")
-        elif effect.change > float(match[3]) / 100 and effect.lo > 0:
-            failures.append(f"{gate}: {_percent(effect.change)}, 95 % {_span(effect)}")
-    return failures
+    return {gate: _judge(found, gate) for gate in gates}
+
+
+def _judge(found: Comparison, gate: str) -> str | None:
+    match = _GATE.fullmatch(gate.strip())
+    if not match or (match[1] and match[1] not in METRICS):
+        raise UsageError(f"--fail-if {gate}: need {GATE_FORM}; METRIC of {', '.join(METRICS)}")
+    if match[4]:
+        more = found.failed["B"] - found.failed["A"]
+        return f"{gate}: {more:+.2%} of requests" if more > float(match[5]) / 100 else None
+    [effect] = [
+        e for e in found.effects if (e.group, e.metric, e.stat) == ("all", match[1], match[2])
+    ]
+    if effect.change is None or effect.lo is None:
+        return f"{gate}: too few pairs (n={effect.n})"
+    if effect.change > float(match[3]) / 100 and effect.lo > 0:
+        return f"{gate}: {_percent(effect.change)}, 95 % {_span(effect)}"
+    return None
 
 
 def _percent(change: float | None) -> str:

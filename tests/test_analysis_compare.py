@@ -1,5 +1,7 @@
 """compare: pairs, effects that were put in, warnings and gates."""
 
+import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,9 @@ import numpy as np
 import pytest
 
 from rows import MS, make_tape, streamed_row
+from tokentape import cli
 from tokentape.analysis import compare as analysis
+from tokentape.analysis import verdicts
 from tokentape.analysis.session import connect
 from tokentape.traces.errors import UsageError
 
@@ -80,7 +84,8 @@ def test_a_candidate_that_is_ten_percent_slower_is_found_within_its_interval(
 def test_two_runs_of_one_candidate_do_not_differ(tapes: dict[str, Path]) -> None:
     found = compared(tapes, ["source"], ["same"])
     assert {e.word for e in found.effects if e.metric == "ttft"} == {"no clear change"}
-    assert analysis.judge(found, ["ttft_p50>0%", "ttft_p99>+5%", "failed>+0%"]) == []
+    gates = analysis.judge(found, ["ttft_p50>0%", "ttft_p99>+5%", "failed>+0%"])
+    assert list(gates.values()) == [None] * 3
 
 
 def test_several_runs_on_a_side_pair_with_each_request(tapes: dict[str, Path]) -> None:
@@ -91,7 +96,8 @@ def test_several_runs_on_a_side_pair_with_each_request(tapes: dict[str, Path]) -
 
 def test_a_gate_fails_on_a_clear_change_beyond_its_limit_only(tapes: dict[str, Path]) -> None:
     found = compared(tapes, ["source"], ["slower"])
-    [failure] = analysis.judge(found, ["ttft_p50>+5%", "ttft_p50>+20%"])
+    failure, none = analysis.judge(found, ["ttft_p50>+5%", "ttft_p50>+20%"]).values()
+    assert none is None and failure is not None
     assert failure.startswith("ttft_p50>+5%: +") and "95 %" in failure
     for wrong in ("ttft>5%", "speed_p50>5%", "ttft_p50>5"):
         with pytest.raises(UsageError, match="need METRIC_STAT"):
@@ -116,5 +122,46 @@ def test_too_few_pairs_are_said_instead_of_a_number(tmp_path: Path) -> None:
     found = compared(pair, ["a"], ["b"])
     one = effect(found, "ttft", "p99")
     assert (one.a, one.change, one.word, one.n) == (None, None, "too few", 50)
-    assert analysis.judge(found, ["ttft_p99>+5%"]) == ["ttft_p99>+5%: too few pairs (n=50)"]
+    gates = analysis.judge(found, ["ttft_p99>+5%"])
+    assert gates == {"ttft_p99>+5%": "ttft_p99>+5%: too few pairs (n=50)"}
     assert "too few" in found.text()
+
+
+def test_junit_has_a_case_for_each_gate_and_its_failure(tapes: dict[str, Path]) -> None:
+    found = compared(tapes, ["source"], ["slower"])
+    gates = analysis.judge(found, ["ttft_p50>+5%", "ttft_p50>+20%"])
+    suite = ET.fromstring(verdicts.junit(found, gates))
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    cases = {case.get("name"): case.find("failure") for case in suite.iter("testcase")}
+    assert cases["ttft_p50>+20%"] is None
+    failure = cases["ttft_p50>+5%"]
+    assert failure is not None and "95 %" in (failure.get("message") or "")
+
+
+def test_the_summary_says_which_gates_failed_and_what_changed(tapes: dict[str, Path]) -> None:
+    found = compared(tapes, ["source"], ["bad"])
+    gates = analysis.judge(found, ["ttft_p50>+5%", "failed>+1%"])
+    page = verdicts.markdown(found, gates).splitlines()
+    assert "- ✅ `ttft_p50>+5%`" in page and "- ✅ `failed>+1%`" in page
+    assert "- ⚠️ the run bad is invalid; see report bad" in page
+    rows = [line for line in page if line.startswith("| ttft p50 |")]
+    assert len(rows) == 1 and rows[0].count("|") == 8
+
+
+@pytest.mark.parametrize(("gate", "code"), [("ttft_p50>+5%", 3), ("ttft_p50>+20%", 0), ("x", 2)])
+def test_the_exit_code_says_whether_the_gates_were_met(
+    tapes: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    gate: str,
+    code: int,
+) -> None:
+    sides = [str(tapes["source"]), str(tapes["slower"])]
+    files = ["--junit", str(tmp_path / "j.xml"), "--summary", str(tmp_path / "s.md")]
+    monkeypatch.setattr(sys, "argv", ["tokentape", "compare", *sides, "--fail-if", gate, *files])
+    with pytest.raises(SystemExit) as left:
+        cli.run()
+    assert left.value.code == code
+    assert (tmp_path / "j.xml").exists() == (tmp_path / "s.md").exists() == (code != 2)
+    assert ("compare: ttft_p50>+5%" in capfd.readouterr().err) == (code == 3)

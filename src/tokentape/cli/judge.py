@@ -20,6 +20,13 @@ def compare(
             "--fail-if", metavar="GATE", help="Exit 3 if so: ttft_p99>+5%, failed>+1%. Repeatable."
         ),
     ] = None,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write JUnit XML too, a case for each gate.")
+    ] = None,
+    summary: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append Markdown, as to $GITHUB_STEP_SUMMARY."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what changed from run A to run B, request by request.
@@ -28,13 +35,20 @@ def compare(
     has a 95 % interval from a block bootstrap over time; a gate fails only on a clear change.
     """
     from tokentape.analysis import compare as analysis
+    from tokentape.analysis import verdicts
     from tokentape.analysis.session import connect
 
     first, second = opened([a], skip_damaged=False), opened([b], skip_damaged=False)
     with connect([*first, *second]) as session:
         labels = session.labels
         found = analysis.compare(session, labels[: len(first)], labels[len(first) :])
-    failures = analysis.judge(found, fail_if or [])
+    gates = analysis.judge(found, fail_if or [])
+    failures = [why for why in gates.values() if why is not None]
+    if junit is not None:
+        junit.write_text(verdicts.junit(found, gates), encoding="utf-8")
+    if summary is not None:
+        with summary.open("a", encoding="utf-8") as page:
+            page.write(verdicts.markdown(found, gates))
     if json:
         print_json(found.as_dict() | {"failed_gates": failures})
     else:

@@ -226,7 +226,8 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="agentic-mooncake, aiperf, csv, dynamo, guidellm, mooncake, otlp, perfetto, weka.",
+            help="agentic-mooncake, aiperf, csv, dynamo, guidellm, mooncake, otlp, perfetto, weka; "
+            "sql: our views for a plain duckdb shell.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="PATH", help="What to write; weka makes a folder.")],
@@ -247,9 +248,25 @@ def export(
 
     part = units.window_ns("--window", window) if window else EVERYTHING
     opened_tape = open_tape(tape, skip_damaged=skip_damaged)
+    if form == "sql":
+        _export_views(opened_tape, out, window=window, force=force, json=json)
+        return
     done = export_tape(opened_tape, form, out, window=part, force=force)
     if json:
         print_json(vars(done))
         return
     dropped = "".join(f", {n} left out ({reason})" for reason, n in sorted(done.dropped.items()))
     print_lines([f"{done.read} requests read, {done.written} written{dropped}", *done.notes])
+
+
+def _export_views(tape: "Tape", out: Path, *, window: str | None, force: bool, json: bool) -> None:
+    """The SQL modules over a tape in one file."""
+    from tokentape.analysis.shell import write_views
+
+    if window:
+        raise UsageError("--window: views are of the whole tape; use WHERE arrival_ns in SQL")
+    made = write_views([tape], out, force=force)
+    if json:
+        print_json({"views_and_macros": made, "out": str(out)})
+    else:
+        print_lines([f"{made} views and macros written; in a duckdb shell: .read {out}"])

@@ -1,0 +1,73 @@
+"""A comparison for machines that judge: JUnit XML for CI, Markdown for a job's summary page."""
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
+
+from tokentape.analysis import display
+from tokentape.analysis.compare import Comparison, Effect
+
+_SHOWN_IN_SUMMARY = ("p50", "p99")
+
+
+def junit(found: Comparison, gates: Mapping[str, str | None]) -> str:
+    """JUnit XML: one test case for each gate; `gates` has why it fails, or None.
+
+    Without gates the one case that is there passes and holds the text, so that a page shows it.
+    """
+    name = f"{', '.join(found.a)} against {', '.join(found.b)}"
+    failed = sum(why is not None for why in gates.values())
+    suite = ET.Element(
+        "testsuite", name=name, tests=str(max(len(gates), 1)), failures=str(failed), errors="0"
+    )
+    properties = ET.SubElement(suite, "properties")
+    for key, value in (
+        ("pairs", found.pairs),
+        *((f"failed {s}", v) for s, v in found.failed.items()),
+    ):
+        ET.SubElement(properties, "property", name=key, value=str(value))
+    for gate, why in gates.items() or {"compare": None}.items():
+        case = ET.SubElement(suite, "testcase", classname="tokentape.compare", name=gate)
+        if why is not None:
+            ET.SubElement(case, "failure", message=why).text = why
+    ET.SubElement(suite, "system-out").text = found.text()
+    ET.indent(suite)
+    return ET.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def markdown(found: Comparison, gates: Mapping[str, str | None]) -> str:
+    """GitHub-flavoured Markdown: the gates, the warnings, the changes over all requests."""
+    lines = [
+        f"### {_cell(', '.join(found.a))} against {_cell(', '.join(found.b))}",
+        "",
+        f"{found.pairs:,} requests in both; failed: "
+        + ", ".join(f"{side} {share:.2%}" for side, share in found.failed.items()),
+        "",
+        *(
+            f"- {'✅' if why is None else '❌'} `{gate}`{_because(why)}"
+            for gate, why in gates.items()
+        ),
+        *(f"- ⚠️ {_cell(warning)}" for warning in found.warnings),
+        "",
+        "| metric | B is | A | B | change | 95 % | n |",
+        "|---|---|--:|--:|--:|--:|--:|",
+        *_rows(found.effects),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(effects: Sequence[Effect]) -> Iterator[str]:
+    for e in effects:
+        if e.group == "all" and e.stat in _SHOWN_IN_SUMMARY:
+            change = display.NOTHING if e.change is None else f"{100 * e.change:+.1f} %"
+            known = e.lo is not None and e.hi is not None
+            span = f"{100 * (e.lo or 0):+.1f} .. {100 * (e.hi or 0):+.1f} %" if known else "too few"
+            sides = f"{display.duration(e.a)} | {display.duration(e.b)}"
+            yield f"| {e.metric} {e.stat} | {e.word} | {sides} | {change} | {span} | {e.n:,} |"
+
+
+def _because(why: str | None) -> str:
+    return "" if why is None else f": {_cell(why)}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
