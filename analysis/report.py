@@ -55,6 +55,7 @@ class Report(ReportRows):
             self._interference(width),
             self._goodput(width),
             self._rates(width),
+            self._prefixes(width),
             self._concurrency(width),
             self._steady(),
             self._clocks(width),
@@ -168,6 +169,29 @@ class Report(ReportRows):
         index = self._index
         found = [[index[run, name, "value"]["value"] for name in RATES] for run in self._runs]
         return display.table(head, self._with_ratios(found), width)
+
+    def _prefixes(self, width: int) -> list[str]:
+        rows = [
+            [
+                p["run"],
+                ("" if p["exact"] else "about ") + display.share(p["asked_share"]),
+                display.share(p["got_share"]),
+                display.figure(p["got_of_asked"]),
+                display.count(p["requests"]),
+                display.count(p["got_known"]),
+            ]
+            for p in self.prefixes
+            if p["requests"] or p["got_known"]
+        ]
+        head = [
+            "prefix reuse",
+            "asked for",
+            "got",
+            "got / asked",
+            "with hashes",
+            "with cached tokens",
+        ]
+        return display.table(head, rows, width) if rows else []
 
     def _concurrency(self, width: int) -> list[str]:
         index = self._index

@@ -47,6 +47,7 @@ class ReportRows:
     goodput: list[Row]
     steady: list[Row]
     stalls: list[Row]
+    prefixes: list[Row]
     phases: list[Row] | None
     interference: list[Row] | None
 
@@ -62,6 +63,7 @@ class ReportRows:
             "goodput": self.goodput,
             "steady": self.steady,
             "stalls": self.stalls,
+            "prefixes": self.prefixes,
             "phases": self.phases,
             "interference": self.interference,
         }
@@ -92,6 +94,7 @@ def ask(session: Session, *, phases: bool = False) -> ReportRows:
         goodput=sorted(slo.goodput(session), key=lambda row: order[row["run"]]),
         steady=rows("FROM steady"),
         stalls=rows("FROM stall_rates"),
+        prefixes=rows("FROM prefix_reuse"),
         phases=rows("FROM phases_totals ORDER BY method") if phases else None,
         interference=rows("FROM interference") if phases else None,
     )

@@ -99,7 +99,7 @@ def interval(replicates: Floats, n_blocks: int) -> tuple[float, float] | None:
     finite = replicates[np.isfinite(replicates)]
     if n_blocks < LEAST_BLOCKS or len(finite) < REPLICATES / 2:
         return None
-    reach = math.sqrt(n_blocks / (n_blocks - 1)) * _student(n_blocks - 1)
+    reach = math.sqrt(n_blocks / (n_blocks - 1)) * student(n_blocks - 1)
     outside = NormalDist().cdf(-reach)
     lo, hi = np.quantile(finite, [outside, 1 - outside])
     return float(lo), float(hi)
@@ -174,7 +174,7 @@ def _effective(below: npt.NDArray[np.bool_], blocks: Ints, n_blocks: int) -> flo
     return min(float(n), share * (1 - share) / seen) if seen else float(n)
 
 
-def _student(df: int) -> float:
+def student(df: float) -> float:
     """97.5 % point of Student's t (Cornish-Fisher, Abramowitz and Stegun 26.7.5)."""
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     first = (z**3 + z) / 4

@@ -122,7 +122,15 @@ def test_an_empty_tape_is_reported_without_a_number(tmp_path: Path) -> None:
 def test_plain_data_is_json_with_stable_keys(one: Report, two: Report) -> None:
     found = json.loads(json.dumps(two.as_dict(), allow_nan=False))
     keys = ["tapes", "metrics", "clocks", "quality", "errors", "late_causes"]
-    assert list(found) == [*keys, "goodput", "steady", "stalls", "phases", "interference"]
+    assert list(found) == [
+        *keys,
+        "goodput",
+        "steady",
+        "stalls",
+        "prefixes",
+        "phases",
+        "interference",
+    ]
     assert [t["run"] for t in found["tapes"]] == ["a.tape", "b.tape"]
     assert found["tapes"][1]["facts"]["verdict"] == VERDICT
     named = [(r["metric"], r["stat"]) for r in one.as_dict()["metrics"]]

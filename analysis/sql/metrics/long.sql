@@ -1,7 +1,7 @@
 -- module: metrics.long
 -- requires: prelude.schema, prelude.quantiles, latency.ttft, latency.tpot, latency.icl, latency.itl,
 --   latency.e2e, latency.normalized, latency.stall, throughput.in_flight, throughput.rates, throughput.hardware,
---   cost.price, cost.energy, quality.outcomes, quality.schedule, slo.goodput, throughput.steady,
+--   cost.price, cost.energy, quality.outcomes, quality.schedule, slo.goodput, throughput.steady, throughput.prefix,
 --   phase.phases, phase.interference, tails.tails, frontier.frontier
 --
 -- Every metric of every run in one tidy table, the only machine output. The same rows for every
@@ -119,6 +119,17 @@ LEFT JOIN rates USING (run)
 LEFT JOIN hardware_rates USING (run)
 LEFT JOIN price USING (run)
 LEFT JOIN energy USING (run)
+UNION ALL BY NAME
+SELECT
+  run,
+  'prefix_got' AS metric,
+  'value' AS stat,
+  sum(weight * cached_tokens) FILTER (input_tokens IS NOT NULL)
+    / nullif(sum(weight * input_tokens) FILTER (cached_tokens IS NOT NULL), 0) AS value,
+  count(cached_tokens + input_tokens) AS n
+FROM (SELECT run FROM tapes)
+LEFT JOIN requests USING (run)
+GROUP BY run
 UNION ALL BY NAME
 SELECT run, 'stalled_share' AS metric, 'value' AS stat, stalled_share AS value, replies AS n
 FROM (SELECT run FROM tapes)

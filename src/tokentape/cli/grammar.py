@@ -41,6 +41,7 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
     ("report", read.report, "tokentape report prod.tape run.tape"),
     ("compare", judge.compare, "tokentape compare prod.tape run.tape"),
     ("tails", judge.tails, "tokentape tails prod.tape --metric ttft --above p99"),
+    ("trend", judge.trend, "tokentape trend prod.tape run.tape"),
     ("frontier", size.frontier, "tokentape frontier run.tape --gpus 1 --slo ttft=5s,tpot=50ms"),
     ("fleet", size.fleet, "tokentape fleet prod.tape run.tape --gpus 1 --slo ttft=5s,tpot=50ms"),
     ("sql", read.sql, 'tokentape sql prod.tape "select count(*) from requests"'),

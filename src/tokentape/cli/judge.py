@@ -1,4 +1,4 @@
-"""Verbs that judge runs: compare sets two against each other, tails finds the worst requests."""
+"""Verbs that judge runs: compare sets two against each other, trend many; tails finds the worst."""
 
 from pathlib import Path
 from typing import Annotated
@@ -81,3 +81,22 @@ def tails(
         print_json([one.as_dict() for one in found])
     else:
         print_lines(["\n".join(one.text(REPORT_COLUMNS) for one in found).rstrip("\n")])
+
+
+def trend(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, in any order.")],
+    json: Json = False,
+) -> None:
+    """Say how metrics went over many runs, and from which run on they changed.
+
+    Runs are put in the order in which they were made. Ten are the fewest that can show a change.
+    """
+    from tokentape.analysis import trend as analysis
+    from tokentape.analysis.session import connect
+
+    with connect(opened(runs, skip_damaged=False)) as session:
+        found = analysis.trend(session)
+    if json:
+        print_json(found.as_dict())
+    else:
+        print_lines([found.text(REPORT_COLUMNS).rstrip("\n")])

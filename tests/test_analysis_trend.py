@@ -1,0 +1,73 @@
+"""Change points over many runs: planted ones are found, chance is not called a change."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rows import MS, make_tape, streamed_row
+from tokentape.analysis.session import connect
+from tokentape.analysis.trend import CHANCE, LEAST_RUNS, changes, trend
+from tokentape.traces.errors import UsageError
+
+RUNS = [f"r{i:02}" for i in range(24)]
+
+
+def noisy(levels: list[float], seed: int = 1) -> list[float]:
+    noise = np.random.default_rng(seed).lognormal(0, 0.02, len(levels))
+    return [level * factor for level, factor in zip(levels, noise.tolist(), strict=True)]
+
+
+def test_a_step_is_found_where_it_is_with_its_size() -> None:
+    [change] = changes(RUNS, noisy([100.0] * 10 + [110.0] * 14))
+    assert change.at == "r10"
+    assert change.lo < 0.1 < change.hi and change.lo > 0.06 and change.hi < 0.14
+    assert change.chance < CHANCE
+
+
+def test_two_steps_are_found_each_against_its_neighbours() -> None:
+    first, second = changes(RUNS, noisy([100.0] * 7 + [120.0] * 10 + [90.0] * 7))
+    assert (first.at, second.at) == ("r07", "r17")
+    assert first.change == pytest.approx(0.2, abs=0.03)
+    assert second.change == pytest.approx(-0.25, abs=0.03)
+
+
+def test_one_odd_run_is_no_change_and_unknown_values_are_left_out() -> None:
+    values: list[float | None] = list(noisy([100.0] * 24))
+    values[12] = 200.0
+    values[3] = None
+    assert changes(RUNS, values) == []
+
+
+def test_chance_is_called_a_change_as_rarely_as_promised() -> None:
+    found = sum(bool(changes(RUNS[:16], noisy([100.0] * 16, seed))) for seed in range(100))
+    assert found <= 5  # 1 of 100 expected; 6 or more has a chance of 0.05 %
+
+
+def test_fewer_runs_than_can_show_it_have_no_change() -> None:
+    few = [100.0] * 5 + [200.0] * (LEAST_RUNS - 6)
+    assert changes(RUNS[: len(few)], few) == []
+    assert len(changes(RUNS[:LEAST_RUNS], noisy([100.0] * 5 + [200.0] * 5))) == 1
+
+
+def test_runs_are_put_in_the_order_of_their_making(tmp_path: Path) -> None:
+    names = ["z", "a", "m"]
+    for i, name in enumerate(names):
+        rows = [streamed_row(j, 3, first_content_ns=(j + 2 + i) * MS) for j in range(20)]
+        make_tape(tmp_path / name, rows, created_unix_ns=1000 + i)
+    with connect([tmp_path / name for name in sorted(names)]) as session:
+        found = trend(session)
+    assert found.runs == names
+    [ttft] = [s for s in found.series if (s.metric, s.stat) == ("ttft", "p50")]
+    assert ttft.values == [1 * MS, 2 * MS, 3 * MS] and ttft.word == "too few (n=3)"
+    [tail] = [s for s in found.series if (s.metric, s.stat) == ("ttft", "p99")]
+    assert tail.values == [None] * 3  # 20 requests have no p99
+    assert "too few (n=3)" in found.text()
+
+
+def test_one_run_has_no_trend(tmp_path: Path) -> None:
+    with (
+        connect([make_tape(tmp_path / "t", [])]) as session,
+        pytest.raises(UsageError, match="two runs or more"),
+    ):
+        trend(session)
