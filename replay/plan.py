@@ -190,6 +190,7 @@ class Plan:
             "prefix_blocks_of_requests": counted,
             "left_out": {reason: len(rows) for reason, rows in schedule.left_out.items()},
             "too_short_for_template": self._too_short(inputs, index),
+            "too_long_for_candidate": self._too_long(inputs, outputs),
             "without_output": int((outputs < 1).sum()),
             "several_choices": int(source.several_choices[index].sum()),
         }
@@ -202,6 +203,10 @@ class Plan:
             if form is not None:
                 short += int((inputs[chat == kind] < form.length.shortest_tokens).sum())
         return short
+
+    def _too_long(self, inputs: Any, outputs: Any) -> int:
+        most = self.target.max_model_tokens
+        return 0 if most is None else int((inputs + outputs > most).sum())
 
     # -- words ----------------------------------------------------------------------------------
 
@@ -272,6 +277,12 @@ class Plan:
             found.append(
                 f"{figures['too_short_for_template']} prompts are shorter than the candidate's "
                 "template: sent as short as possible, counted as exceptions"
+            )
+        if figures["too_long_for_candidate"]:
+            found.append(
+                f"{figures['too_long_for_candidate']} requests are longer than the "
+                f"{self.target.max_model_tokens:,} tokens that the candidate takes: it will refuse "
+                "them"
             )
         if figures["without_output"]:
             found.append(f"{figures['without_output']} requests had no output: one token is asked")

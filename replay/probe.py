@@ -59,19 +59,27 @@ class Probe:
         self._prompts = PromptSource(f"probe {monotonic_ns()}", 0)  # never cached by the candidate
         self.notes: list[str] = []
 
-    async def model(self) -> str:
-        """The first model that the candidate offers."""
-        status, _, body = await self._fetch("GET", self._address.base + "/models", None)
-        if status != 200:
-            raise TokentapeError(
-                f"{self._address.base}/models answers {status}: name the model with --model"
-            )
-        names = [str(m["id"]) for m in _list(_json(body), "data") if "id" in m]
-        if not names:
-            raise TokentapeError(f"{self._address.base}/models names no model: use --model")
-        if len(names) > 1:
-            self.notes.append(f"the candidate offers {len(names)} models; {names[0]} is asked")
-        return names[0]
+    async def model(self, wanted: str | None) -> tuple[str, int | None]:
+        """The model to ask for, else the first offered; the most tokens it takes, where it says."""
+        try:
+            status, _, body = await self._fetch("GET", self._address.base + "/models", None)
+        except TokentapeError:
+            if wanted is None:
+                raise
+            return wanted, None  # not every candidate has that page
+        offered = [m for m in _list(_json(body), "data") if "id" in m] if status == 200 else []
+        if wanted is None:
+            if status != 200:
+                raise TokentapeError(
+                    f"{self._address.base}/models answers {status}: name the model with --model"
+                )
+            if not offered:
+                raise TokentapeError(f"{self._address.base}/models names no model: use --model")
+            wanted = str(offered[0]["id"])
+            if len(offered) > 1:
+                self.notes.append(f"the candidate offers {len(offered)} models; {wanted} is asked")
+        limits = [m.get("max_model_len") for m in offered if str(m["id"]) == wanted]
+        return wanted, limits[0] if limits and isinstance(limits[0], int) else None
 
     async def form(self, endpoint: Endpoint, model: str) -> Form:
         """How an endpoint is to be asked; TokentapeError when it takes no rung of the ladder."""
@@ -205,6 +213,6 @@ async def find_target(
     Raises TokentapeError (dead, refusing, or not speaking the endpoint) with one line to act on.
     """
     probe = Probe(address, headers)
-    name = model or await probe.model()
+    name, most_tokens = await probe.model(model)
     forms = {endpoint: await probe.form(endpoint, name) for endpoint in endpoints}
-    return Target(address, headers, name, forms, tuple(probe.notes))
+    return Target(address, headers, name, forms, tuple(probe.notes), most_tokens)

@@ -209,6 +209,7 @@ class Target:
     model: str
     forms: dict[Endpoint, Form]
     notes: tuple[str, ...] = ()
+    max_model_tokens: int | None = None  # prompt and output together, as its /models says
 
 
 def unprobed(

@@ -5,6 +5,7 @@ threshold stands below with its reason, and every reason says the figure that it
 """
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import pyarrow as pa
@@ -34,7 +35,7 @@ CPU_SHARE = (0.90, 1.1)  # of the one core that a worker has; a full core queues
 CORES_SHARE = (0.9, 1.0)  # of all cores, by several workers; candidate and writers need some too
 GC_NS = (5 * NS_PER_MS, 1000 * NS_PER_MS)  # collections should not run at all
 PAUSED_SHARE = (0.01, 0.50)  # requests whose bytes waited for the socket: the load left late
-WINDOWS_SHARE = (0.01, 1.0)  # full receive buffers per request: the candidate was held back
+WINDOWS_SHARE = (0.01, inf)  # full receive buffers per request; maybe other programs'
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The plan: said before anything is sent, complete, the same each time, and without secrets."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,13 @@ def test_prompts_are_made_as_long_as_the_candidates_template_leaves_room_for(
     assert sizes == [22, 1]
     assert plan.shortest_input_tokens == 9
     assert "1 prompts are shorter than the candidate's template" in plan.text()
+
+
+def test_requests_that_the_candidate_cannot_take_are_said_before(tmp_path: Path) -> None:
+    rows = [{"input_tokens": n, "output_tokens": 10} for n in (90, 91, 500)]
+    plan = make_plan(options(tape(tmp_path / "t", rows)), offline=True)
+    plan.target = replace(plan.target, max_model_tokens=100)
+    assert "2 requests are longer than the 100 tokens that the candidate takes" in plan.text()
 
 
 def test_what_a_reader_must_know_is_said(tmp_path: Path) -> None:

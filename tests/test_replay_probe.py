@@ -164,8 +164,11 @@ def test_a_dead_candidate_is_one_line() -> None:
 
 def test_several_models_are_said() -> None:
     def script(seen: Seen) -> Sequence[Step]:
-        models = {"data": [{"id": "one"}, {"id": "two"}]}
+        models = {"data": [{"id": "one", "max_model_len": 4096}, {"id": "two"}]}
         return plain(200, models) if seen.path.endswith("/models") else engine_like(seen)
 
     target, _ = probe(script, "completions", model=None)
     assert target.model == "one" and "2 models" in target.notes[0]
+    assert target.max_model_tokens == 4096
+    target, _ = probe(script, "completions", model="two")
+    assert target.model == "two" and target.max_model_tokens is None
