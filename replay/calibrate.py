@@ -165,7 +165,7 @@ def busiest(plan: Plan, url: str, tape: Path, span_ns: int) -> Plan:
         left_out={},
     )
     options = replace(
-        plan.options, to=url, tape=tape, headers={}, key_env=None, command=[], facts={}
+        plan.options, to=url, tape=tape, headers={}, key_env=None, ca=None, command=[], facts={}
     )
     target = unprobed(Address.parse(url), Headers({}), "null", plan.target.forms)
     return Plan(options, source, part, target, {}, probed=True)

@@ -34,6 +34,7 @@ from tokentape.replay.targets import (
     redacted,
     unprobed,
 )
+from tokentape.replay.trust import trust
 from tokentape.traces.errors import UsageError
 from tokentape.traces.reader import open_tape
 
@@ -59,6 +60,7 @@ class ReplayOptions:
     model: str | None = None
     headers: dict[str, str] = field(default_factory=dict, repr=False)
     key_env: str | None = None
+    ca: Path | None = None  # PEM of who signed the candidate's certificate
     endpoint: str = "recorded"  # or completions, chat
     max_requests: int | None = None
     max_tokens: int | None = None
@@ -82,6 +84,7 @@ class ReplayOptions:
             "model": self.model,
             "header_names": sorted(self.headers),
             "key_env": self.key_env,
+            "ca": str(self.ca) if self.ca else None,
             "endpoint": self.endpoint,
             "max_requests": self.max_requests,
             "max_tokens": self.max_tokens,
@@ -353,7 +356,9 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     Raises UsageError for an option that cannot be right, TapeError for a source that cannot be
     read, TokentapeError for a candidate that is dead or refuses.
     """
-    address = Address.parse(options.to)
+    address = Address.parse(options.to, options.ca)
+    if options.ca is not None:
+        trust(options.ca)  # a bad file is found now
     headers = Headers.gather(options.headers, options.key_env, address.userinfo)
     if options.endpoint not in ("recorded", *ENDPOINTS):
         raise UsageError(f"--endpoint {options.endpoint}: give recorded, completions or chat")

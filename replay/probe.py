@@ -23,6 +23,7 @@ from tokentape.replay.targets import (
     Target,
 )
 from tokentape.replay.transport import NO_REPLY, fetch
+from tokentape.replay.trust import why_untrusted
 from tokentape.traces.errors import TokentapeError
 from tokentape.traces.wire import reply_parser
 
@@ -148,12 +149,16 @@ class Probe:
     async def _fetch(self, method: str, url: str, body: bytes | None) -> tuple[int, str, bytes]:
         headers = self._headers.for_sending()
         try:
-            status, kind, reply = await fetch(method, url, headers, body, PROBE_TIMEOUT_S)
+            status, kind, reply = await fetch(
+                method, url, headers, body, PROBE_TIMEOUT_S, self._address.ca
+            )
         except TimeoutError:
             raise TokentapeError(
                 f"{url}: no reply within {PROBE_TIMEOUT_S:.0f} s; is the candidate ready?"
             ) from None
         except NO_REPLY as error:
+            if (untrusted := why_untrusted(error)) is not None:
+                raise TokentapeError(f"{url}: {untrusted}") from None
             why = self._headers.hide(str(error))[:160]
             raise TokentapeError(
                 f"{url}: nothing answers ({why}); start it or check --to"

@@ -22,6 +22,7 @@ from tokentape.replay.sender import Sender, Sent
 from tokentape.replay.share import Share
 from tokentape.replay.start import Start
 from tokentape.replay.transport import NO_REPLY, allow_files, open_client
+from tokentape.replay.trust import why_untrusted
 from tokentape.traces.errors import TokentapeError
 from tokentape.traces.recording import Recorder
 
@@ -56,7 +57,7 @@ async def send_share(
     await self_check()
     warm = allow_files(min(WARM_FACTOR * share.peak_in_flight, len(share), MOST_WARM))
     with _read_ahead(share, prepare or share.outgoing) as build:
-        async with open_client() as client:
+        async with open_client(share.target.address.ca) as client:
             sender = Sender(
                 client,
                 recorder,
@@ -73,10 +74,9 @@ async def send_share(
                 try:
                     return await sender.run()
                 except NO_REPLY as error:
-                    raise TokentapeError(
-                        f"{share.target.address.base}: takes no connection any more "
-                        f"({type(error).__name__})"
-                    ) from None
+                    gone = f"takes no connection any more ({type(error).__name__})"
+                    why = why_untrusted(error) or gone
+                    raise TokentapeError(f"{share.target.address.base}: {why}") from None
 
 
 @contextmanager

@@ -352,6 +352,10 @@ class KernelTransport(asyncio.Transport):
         """End at once."""
         self._end(None)
 
+    def _force_close(self, error: Exception | None) -> None:
+        """By this name asyncio's TLS ends a transport."""
+        self._end(error)
+
     def _end(self, error: Exception | None) -> None:
         if self._lost:
             return

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -81,10 +82,14 @@ HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.
 
 @dataclass(frozen=True)
 class Address:
-    """Where a candidate is, without credentials; `userinfo` is kept apart and never shown."""
+    """Where a candidate is, without credentials; `userinfo` is kept apart and never shown.
+
+    ca: PEM of the authority that signed its certificate; None: as this machine trusts.
+    """
 
     base: str  # ends in the API's prefix, such as /v1
     userinfo: str = field(default="", repr=False)
+    ca: Path | None = None
 
     @property
     def root(self) -> str:
@@ -100,7 +105,7 @@ class Address:
         return self.base + PATHS[endpoint]
 
     @classmethod
-    def parse(cls, to: str) -> "Address":
+    def parse(cls, to: str, ca: Path | None = None) -> "Address":
         """An address from --to; /v1 is added where no path is given. UsageError names the fault."""
         try:
             url = urlsplit(to)
@@ -112,6 +117,8 @@ class Address:
         if url.scheme not in ("http", "https"):
             scheme = f"unknown URL scheme {url.scheme}://" if "://" in to else "not a URL"
             raise UsageError(f"--to: {scheme}; give http://HOST:PORT or https://HOST")
+        if ca is not None and url.scheme != "https":
+            raise UsageError("--ca: is for an https:// candidate only")
         if not url.hostname or url.query or url.fragment:
             raise UsageError(
                 "--to: give a host and at most a path, such as http://127.0.0.1:8000/v1"
@@ -121,7 +128,7 @@ class Address:
         for tail in ("/chat/completions", "/completions"):
             path = path.removesuffix(tail)
         userinfo = unquote(url.netloc.rpartition("@")[0])
-        return cls(f"{url.scheme}://{host}{f':{port}' if port else ''}{path}", userinfo)
+        return cls(f"{url.scheme}://{host}{f':{port}' if port else ''}{path}", userinfo, ca)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from errno import errorcode
+from pathlib import Path
 from time import monotonic_ns
 from typing import Any, Protocol, cast
 
@@ -33,6 +34,7 @@ from aiohttp.tracing import Trace
 from yarl import URL
 
 from tokentape.replay.sockets import Poller, connect_stamped, stamped_socket
+from tokentape.replay.trust import trust
 from tokentape.traces.blocks import NO_STAMP
 from tokentape.traces.kernel_stamps import SO_TIMESTAMPNS, KernelClock
 
@@ -220,9 +222,13 @@ class StampedProtocol(ResponseHandler):
 class StampedConnector(aiohttp.TCPConnector):
     """aiohttp's pool on our transport, without limit, with connections opened ahead of need."""
 
-    def __init__(self, clock: KernelClock, poller: Poller) -> None:
+    def __init__(self, clock: KernelClock, poller: Poller, ca: Path | None = None) -> None:
         super().__init__(
-            limit=0, keepalive_timeout=None, ttl_dns_cache=None, socket_factory=stamped_socket
+            limit=0,
+            keepalive_timeout=None,
+            ttl_dns_cache=None,
+            socket_factory=stamped_socket,
+            ssl=trust(ca) if ca else True,
         )
         assert isinstance(self._factory, functools.partial), "TCPConnector._factory"
         factory = functools.partial(StampedProtocol, self._loop, itertools.count(1))
@@ -379,11 +385,11 @@ def _error_type(error: BaseException) -> str:
 
 
 @asynccontextmanager
-async def open_client() -> AsyncIterator[Client]:
-    """A client whose connections close with the block."""
+async def open_client(ca: Path | None = None) -> AsyncIterator[Client]:
+    """A client whose connections close with the block; `ca` as in `trust`."""
     clock = KernelClock()
     poller = Poller(asyncio.get_running_loop())
-    connector = StampedConnector(clock, poller)
+    connector = StampedConnector(clock, poller, ca)
     async with aiohttp.ClientSession(
         connector=connector,
         auto_decompress=False,
@@ -402,7 +408,12 @@ async def open_client() -> AsyncIterator[Client]:
 
 
 async def fetch(
-    method: str, url: str, headers: dict[str, str], body: bytes | None, timeout_s: float
+    method: str,
+    url: str,
+    headers: dict[str, str],
+    body: bytes | None,
+    timeout_s: float,
+    ca: Path | None = None,
 ) -> tuple[int, str, bytes]:
     """One plain request outside a run: (status, content type, body).
 
@@ -412,7 +423,14 @@ async def fetch(
         aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=timeout_s), skip_auto_headers=SKIPPED_HEADERS
         ) as session,
-        session.request(method, url, headers=headers, data=body, allow_redirects=False) as reply,
+        session.request(
+            method,
+            url,
+            headers=headers,
+            data=body,
+            allow_redirects=False,
+            ssl=trust(ca) if ca else True,
+        ) as reply,
     ):
         return reply.status, reply.content_type, await reply.read()
 

@@ -5,11 +5,13 @@ It runs on 127.0.0.1 in a thread of its own, so that the replay under test can o
 
 import asyncio
 import json
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from socket import SO_LINGER, SOL_SOCKET
 from time import monotonic_ns
 from typing import Any
@@ -110,18 +112,22 @@ def engine_like(seen: Seen) -> Sequence[Step]:
 
 
 @contextmanager
-def serve(script: Script = engine_like) -> Iterator[Server]:
-    """Serve a script on a free port until the block ends."""
+def serve(script: Script = engine_like, certificate: Path | None = None) -> Iterator[Server]:
+    """Serve a script on a free port until the block ends; with TLS where there is a certificate."""
     ready = threading.Event()
     server = Server("")
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
+    tls = None
+    if certificate is not None:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(certificate)
 
     async def main() -> None:
         listener = await asyncio.start_server(
-            lambda r, w: _connection(server, script, r, w), "127.0.0.1", 0, backlog=1024
+            lambda r, w: _connection(server, script, r, w), "127.0.0.1", 0, backlog=1024, ssl=tls
         )
-        server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        server.url = f"http{'s' if tls else ''}://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
         ready.set()
         await stop.wait()
         listener.close()
@@ -129,6 +135,7 @@ def serve(script: Script = engine_like) -> Iterator[Server]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # the transports' last words
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(main()))
     thread.start()
@@ -171,4 +178,7 @@ async def _connection(
     except (asyncio.IncompleteReadError, ConnectionError):
         pass
     finally:
-        writer.close()
+        if writer.get_extra_info("ssl_object"):
+            writer.transport.abort()  # a close would wait for the peer's
+        else:
+            writer.close()

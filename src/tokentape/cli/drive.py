@@ -51,6 +51,10 @@ def replay(
     key_env: Annotated[
         str | None, typer.Option(metavar="VAR", help="Environment variable that holds the API key.")
     ] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="PEM of the authority that signed the candidate."),
+    ] = None,
     max_requests: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Send no more requests than that.")
     ] = None,
@@ -126,6 +130,7 @@ def replay(
         model=model,
         headers=units.pairs("--header", header or []),
         key_env=key_env,
+        ca=ca,
         endpoint=endpoint,
         max_requests=max_requests,
         max_tokens=max_tokens,
