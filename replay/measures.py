@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tokentape.traces.kernel_stamps import STEP_NS
+from tokentape.traces.reader import Tape
 
 Ints = NDArray[np.int64]
 NS_PER_S = 1_000_000_000
@@ -29,6 +30,15 @@ COLUMNS = [
     *("input_tokens", "planned_input_tokens", "output_tokens", "planned_output_tokens"),
     *("coalesced_reads", "clamped_events", "events_dropped", "lag_max_us", "off_us"),
 ]
+
+
+def read(tape: Tape) -> pa.Table:
+    """The rows that are judged, in no order; of their events (`off_us`) only the number."""
+    parts = []
+    for part in tape.parts(COLUMNS):
+        events = pc.list_value_length(part["off_us"])
+        parts.append(part.drop_columns("off_us").append_column("events", events))
+    return pa.concat_tables(parts)
 
 
 def ints(column: Any) -> Ints:
@@ -113,14 +123,14 @@ def _rate_over_time(due: Ints, send: Ints) -> dict[str, Any]:
 
 def stamps(table: pa.Table) -> dict[str, Any]:
     """Which clocks stamped, how late the process read what they stamped, what shared a read."""
-    events = int(pc.sum(pc.list_value_length(table["off_us"])).as_py() or 0)
+    events = int(pc.sum(table["events"]).as_py() or 0)
     shared = int(pc.sum(table["coalesced_reads"]).as_py() or 0)
     counts = {name: _clocks(table[f"{name}_clock"]) for name in ("event", "send")}
-    several = table.filter(pc.greater(pc.list_value_length(table["off_us"]), 1))
+    several = table.filter(pc.greater(table["events"], 1))
     span = ints(several["last_content_ns"].fill_null(0)) - ints(
         several["first_content_ns"].fill_null(0)
     )
-    gaps = np.asarray(pc.list_value_length(several["off_us"]).to_numpy(), dtype=np.int64) - 1
+    gaps = ints(several["events"]) - 1
     return {
         "events": events,
         "coalesced_reads": shared,

@@ -157,7 +157,7 @@ def judge_run(
     says nothing about prompts, so that no miss can be told from it.
     """
     verdict = Verdict()
-    table = tape.read(measures.COLUMNS)
+    table = measures.read(tape)
     _judge_outcomes(verdict, table, sent)
     _judge_schedule(verdict, table)
     _judge_lengths(verdict, table, shortest_input_tokens, prompts_counted=prompts_counted)

@@ -1,14 +1,19 @@
 """Several workers: one plan, one start, one tape, one verdict; and what is said of a lost one."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import pytest
@@ -21,7 +26,8 @@ from tokentape.replay.sessions import Shard
 from tokentape.replay.start import StartAt
 from tokentape.traces.check import check
 from tokentape.traces.clock import wall_unix_ns
-from tokentape.traces.errors import TokentapeError
+from tokentape.traces.errors import TapeError, TokentapeError
+from tokentape.traces.facts import lock
 from tokentape.traces.reader import Tape, open_tape
 from tokentape.traces.writer import TapeWriter
 
@@ -173,6 +179,36 @@ def test_a_signal_reaches_all_workers_and_each_seals(
     assert summary.not_sent == REQUESTS - summary.sent and not summary.losses
     assert {s.metadata["worker"] for s in tape.segments} == {"w0", "w1"}
     assert not tape.facts["run"]["complete"] and children(os.getpid()) == []
+
+
+def test_workers_whose_leader_is_killed_end_and_seal(tmp_path: Path, source: Path) -> None:
+    tape = tmp_path / "run"
+    with serve() as server:
+        command = [sys.executable, "-m", "tokentape", "replay", str(source), "--to", server.url]
+        command += ["--tape", str(tape), "--workers", "2", "--speed", "0.1x"]
+        with subprocess.Popen(command, stdout=DEVNULL, stderr=DEVNULL) as leader:
+            until(lambda: len(server.generations) > 5)
+            leader.kill()
+        until(lambda: not_locked(tape))
+        sent = bodies(server)
+    found = open_tape(tape)
+    assert found.rows == sent.total() < REQUESTS and found.unsealed_rows == 0
+    assert {s.metadata["worker"] for s in found.segments} == {"w0", "w1"}
+    assert "run" not in found.facts and not found.losses
+
+
+def until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def not_locked(tape: Path) -> bool:
+    with contextlib.suppress(TapeError):
+        os.close(lock(tape))
+        return True
+    return False
 
 
 def test_progress_is_that_of_all_workers(tmp_path: Path, source: Path) -> None:

@@ -269,3 +269,16 @@ def test_a_wall_clock_that_was_set_is_told_from_one_that_drifts() -> None:
     stepped = measures.wall_clock(anchors(-100 * MS))
     assert stepped == {"wall_moved_ns": -100 * MS, "wall_stepped_ns": 69 * MS}
     assert measures.wall_clock([]) == {"wall_moved_ns": 0, "wall_stepped_ns": 0}
+
+
+def test_what_is_judged_of_a_tape_holds_the_number_of_events_and_not_the_events(
+    tmp_path: Path,
+) -> None:
+    writer = TapeWriter.create(tmp_path / "t", role="replay", command=[], options={}, facts={})
+    for number, events in enumerate(([], [1, 2, 3], None)):
+        writer.append({"request_id": number.to_bytes(16), "arrival_ns": 0, "off_us": events})
+        writer.seal()
+    writer.close()
+    table = measures.read(open_tape(tmp_path / "t"))
+    assert "off_us" not in table.column_names
+    assert sorted(table["events"].to_pylist(), key=str) == [0, 3, None]

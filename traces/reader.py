@@ -7,6 +7,7 @@ It says how many rows are not sealed yet instead of sealing them. Damaged segmen
 import glob
 import importlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,14 @@ class Tape:
         table = pa.concat_tables(parts).combine_chunks()
         order = pc.sort_indices(table["arrival_ns"])
         return table.take(order).select(names)
+
+    def parts(self, columns: list[str]) -> Iterator[pa.Table]:
+        """The sealed rows, a segment at a time and in its order; at least one table, if empty."""
+        if not self.segments:
+            yield self.read(columns)
+        wanted = pa.schema([REQUESTS.field(n) for n in columns])
+        for segment in self.segments:
+            yield _read_segment(segment.path, wanted)
 
     def sql(self, query: str) -> Any:
         """Run SQL over the standard views; a DuckDB relation. Needs the analysis room."""
