@@ -165,7 +165,16 @@ def busiest(plan: Plan, url: str, tape: Path, span_ns: int) -> Plan:
         left_out={},
     )
     options = replace(
-        plan.options, to=url, tape=tape, headers={}, key_env=None, ca=None, command=[], facts={}
+        plan.options,
+        to=url,
+        tape=tape,
+        headers={},
+        key_env=None,
+        ca=None,
+        shard=None,  # the part is one already
+        start_at_unix_ns=None,
+        command=[],
+        facts={},
     )
     target = unprobed(Address.parse(url), Headers({}), "null", plan.target.forms)
     return Plan(options, source, part, target, {}, probed=True)

@@ -18,6 +18,7 @@ from tokentape.replay.calibrate import (
 from tokentape.replay.null_server import Truth, read_log
 from tokentape.replay.run import RunSummary, run_plan
 from tokentape.replay.schedule import NS_PER_S
+from tokentape.replay.sessions import Shard
 from tokentape.traces.reader import open_tape
 
 MS = 1_000_000
@@ -83,6 +84,18 @@ def test_the_busiest_part_of_a_plan_is_what_is_sent(tmp_path: Path) -> None:
     assert len(part) == 10 and first <= 23 and last >= 29
     assert part.schedule.due_ns[0] == 0 and part.schedule.due_ns[-1] == 900 * MS
     assert part.options.headers == {} and part.options.key_env is None
+
+
+def test_a_shard_with_workers_is_calibrated_with_them_now_and_not_at_its_start(
+    tmp_path: Path,
+) -> None:
+    plan = plain_plan(tmp_path, 20, 4, SPAN_NS // 2)
+    plan.options.workers = 2
+    plan.options.shard, plan.options.start_at_unix_ns = Shard(1, 4), 1
+    measured = calibrate(plan, SPAN_NS // 2)
+    assert (measured.requests, measured.events, measured.missing_events) == (10, 40, 0)
+    assert 0 <= (measured.arrival_error_ns["p50"] or -1) < 50 * MS
+    assert plan.options.start_at_unix_ns == 1
 
 
 def test_a_floor_stands_beside_the_verdict_of_a_run(run: tuple[RunSummary, Truth]) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from subprocess import DEVNULL
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -179,6 +180,29 @@ def test_a_signal_reaches_all_workers_and_each_seals(
     assert summary.not_sent == REQUESTS - summary.sent and not summary.losses
     assert {s.metadata["worker"] for s in tape.segments} == {"w0", "w1"}
     assert not tape.facts["run"]["complete"] and children(os.getpid()) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_waits_for_its_start_can_be_stopped(
+    tmp_path: Path, source: Path, workers: int
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupt() -> None:
+        until(lambda: signal.getsignal(signal.SIGTERM) != before)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with serve() as server:
+        far = {"workers": workers, "start_at_unix_ns": wall_unix_ns() + 3000 * SECOND}
+        plan = planned(source, server, tmp_path / "run", **far)
+        thread = Thread(target=interrupt)
+        thread.start()
+        summary = run_plan(plan)
+        thread.join()
+        assert not server.generations
+    signal.signal(signal.SIGTERM, before)
+    assert (summary.stopped, summary.sent, summary.not_sent) == (True, 0, REQUESTS)
+    assert summary.verdict.level == "invalid" and children(os.getpid()) == []
 
 
 def test_workers_whose_leader_is_killed_end_and_seal(tmp_path: Path, source: Path) -> None:
