@@ -380,5 +380,7 @@ def _whole(row: Row | None) -> int:
 
 def _why(error: Row) -> str:
     parts = [f"status {error['http_status']}" if error["http_status"] else "", error["error_type"]]
+    if error["retry_after_max_s"] is not None:
+        parts.append(f"asked for waits of up to {error['retry_after_max_s']} s")
     told = ", ".join(p for p in parts if p) or "no reason recorded"
     return f"{told} (answered by the proxy)" if error["origin"] == "proxy" else told

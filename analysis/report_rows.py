@@ -3,6 +3,7 @@
 Nothing is computed here. A number that is not known is None, and what is missing has its row too.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ FROM tapes
 LEFT JOIN _models USING (run)
 LEFT JOIN (SELECT run, from_ns, until_ns FROM rates) USING (run)
 """
+_ASKED_APART = "('stalled_share', 'goodput', 'slo_attainment')"
 _ERRORS = "FROM outcomes_errors ORDER BY requests DESC, outcome, http_status, error_type"
 _CAUSES = "FROM schedule_causes WHERE late_cause IS NOT NULL ORDER BY requests DESC, late_cause"
 
@@ -70,7 +72,7 @@ class ReportRows:
 
 
 def ask(session: Session, *, phases: bool = False) -> ReportRows:
-    """Ask all that the report shows; two passes over the events, one for ICL, one for ITL.
+    """Ask all that the report shows; two passes over the events, one for stalls, one for the rest.
 
     phases: queue, prefill and decode as well, and what prefills cost others; some passes more.
     """
@@ -83,18 +85,41 @@ def ask(session: Session, *, phases: bool = False) -> ReportRows:
     tapes = rows(_TAPES)
     for row, tape in zip(tapes, session.tapes, strict=True):
         row["facts"] = tape.facts
+    stalls = rows("FROM stall_rates")
+    goodput = sorted(slo.goodput(session), key=lambda row: order[row["run"]])
+    metrics = rows(f"FROM metrics_long WHERE metric NOT IN {_ASKED_APART} ORDER BY metric, stat")
+    metrics += _singles(metrics, stalls, goodput)
+    metrics.sort(key=lambda row: (order[row["run"]], row["metric"], row["stat"]))
     return ReportRows(
         tapes=tapes,
-        metrics=rows("FROM metrics_long ORDER BY metric, stat"),
+        metrics=metrics,
         titles=dict(session.sql("SELECT metric, title FROM metrics").fetchall()),
         clocks=rows("FROM clocks ORDER BY stamp, requests DESC, clock"),
         quality=rows("FROM clocks_quality"),
         errors=rows(_ERRORS),
         late_causes=rows(_CAUSES),
-        goodput=sorted(slo.goodput(session), key=lambda row: order[row["run"]]),
+        goodput=goodput,
         steady=rows("FROM steady"),
-        stalls=rows("FROM stall_rates"),
+        stalls=stalls,
         prefixes=rows("FROM prefix_reuse"),
         phases=rows("FROM phases_totals ORDER BY method") if phases else None,
         interference=rows("FROM interference") if phases else None,
     )
+
+
+def _singles(metrics: list[Row], stalls: list[Row], goodput: list[Row]) -> Iterator[Row]:
+    """The rows of metrics_long for what was asked apart, so that it is computed once."""
+    likes = [row for row in metrics if row["metric"] == "completed_per_s"]  # the same attempted ...
+    found = {row["run"]: row for row in stalls}
+    for like in likes:
+        of_run = [row for row in goodput if row["run"] == like["run"]]
+        rows = [
+            ("stalled_share", "value", "1", found.get(like["run"], {}), "stalled_share", "replies")
+        ]
+        for row in of_run or [{}]:
+            stat = row.get("slo", "value")
+            rows.append(("goodput", stat, "requests/s", row, "goodput_per_s", "judged"))
+            rows.append(("slo_attainment", stat, "1", row, "attainment", "judged"))
+        for metric, stat, unit, row, value, n in rows:
+            known = {"value": row.get(value), "n": int(row.get(n) or 0), "unit": unit}
+            yield like | {"metric": metric, "stat": stat} | known

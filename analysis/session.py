@@ -34,6 +34,18 @@ _RUNNING_FUNCTIONS = {"query", "json_execute_serialized_sql"}  # run SQL that th
 _DATA_ERRORS = (duckdb.IOException, duckdb.InvalidInputException, duckdb.OutOfMemoryException)
 _EXPLAIN = re.compile(r"\s*explain\s+(?:analyze\s+)?", re.IGNORECASE)
 
+# Costly to bind, so made when a query names one of their objects; METRICS.md lists all alike.
+_ON_DEMAND = {
+    "phase.prefill",
+    "phase.phases",
+    "phase.interference",
+    "tails.tails",
+    "throughput.steady",
+    "throughput.prefix",
+    "frontier.frontier",
+}
+_ABOUT_ALL = re.compile(r"\bduckdb_|\binformation_schema\b|^\s*(show|describe)\b", re.IGNORECASE)
+
 _TAPES = pa.schema(
     [
         ("run", pa.string()),
@@ -76,6 +88,8 @@ class Session:
         self.tapes = tapes
         self.labels = run_labels(tapes)
         self._connection = connection
+        self._unmade = [module for module in load_order() if module.name in _ON_DEMAND]
+        self._commented = False
 
     def __enter__(self) -> Self:
         return self
@@ -91,9 +105,23 @@ class Session:
         """A lazy relation of one SELECT, EXPLAIN, DESCRIBE or SHOW; UsageError when it is wrong."""
         try:
             _refuse_writing(self._connection, query)
+            self._make(query)
             return self._connection.sql(query)
         except duckdb.Error as error:
             raise _shown(error, self.tapes) from None
+
+    def _make(self, query: str) -> None:
+        """Make the modules that a query names; all, with their comments, if it asks about views."""
+        about_all, words = _ABOUT_ALL.search(query) is not None, set(re.findall(r"\w+", query))
+        wanted = {m.name for m in self._unmade if about_all or words & {o.name for o in m.objects}}
+        for module in reversed(self._unmade):
+            if module.name in wanted:
+                wanted.update(module.requires)
+        _load(self._connection, [m for m in self._unmade if m.name in wanted])
+        self._unmade = [m for m in self._unmade if m.name not in wanted]
+        if about_all and not self._commented:
+            _comment(self._connection, load_order())
+            self._commented = True
 
     def table(self, query: str) -> pa.Table:
         """The whole result of one SELECT; UsageError or TapeError, one line, when it fails."""
@@ -132,7 +160,9 @@ def connect(
         machines = pa.Table.from_pylist(_hardware_rows(session, hardware), schema=HARDWARE_TABLE)
         _make_table(connection, "_hardware", machines)
         _make_table(connection, "_slos", slo_table(slos))
-        _load(connection, load_order())
+        modules = load_order()
+        _list_metrics(connection, modules)
+        _load(connection, [module for module in modules if module.name not in _ON_DEMAND])
         _refuse_unknown_presets(connection)
         _open_files(connection, opened, session.labels)
         _lock(connection, opened)
@@ -269,8 +299,7 @@ def _make_table(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table
     connection.unregister("_arrow")
 
 
-def _load(connection: duckdb.DuckDBPyConnection, modules: list[Module]) -> None:
-    """Run the modules in order and hand their comments to DuckDB's catalogue."""
+def _list_metrics(connection: duckdb.DuckDBPyConnection, modules: list[Module]) -> None:
     rows = [
         {
             "metric": m.name,
@@ -287,13 +316,23 @@ def _load(connection: duckdb.DuckDBPyConnection, modules: list[Module]) -> None:
         for m in module.metrics
     ]
     _make_table(connection, "_metrics", pa.Table.from_pylist(rows, schema=_METRICS))
+
+
+def _load(connection: duckdb.DuckDBPyConnection, modules: list[Module]) -> None:
+    """Make the views and macros of the modules, in order."""
     for module in modules:
         for made in module.objects:
             try:
                 connection.execute(made.sql)
-                connection.execute("; ".join(_comments(made)))
             except duckdb.Error as error:
                 raise ModuleError(f"{module.path}:{made.line}: {error}") from error
+
+
+def _comment(connection: duckdb.DuckDBPyConnection, modules: list[Module]) -> None:
+    """Hand the comments of the modules to DuckDB's catalogue."""
+    for module in modules:
+        for made in module.objects:
+            connection.execute("; ".join(_comments(made)))
 
 
 def _comments(made: SqlObject) -> Iterator[str]:

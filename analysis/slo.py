@@ -73,10 +73,12 @@ def slo_table(slos: Iterable[Slo]) -> pa.Table:
 
 
 def goodput(session: "Session") -> list[dict[str, Any]]:
-    """Rows of the view `goodput`, and `lo`, `hi`: the 95 % interval of the attainment.
+    """Rows of the view `goodput` with `judged` requests and `lo`, `hi`: 95 % of the attainment.
 
-    They are None where the run is too short for one.
+    lo and hi are None where the run is too short for an interval.
     """
+    if not session.table("FROM slos").num_rows:
+        return []
     rows: list[dict[str, Any]] = session.table("FROM goodput ORDER BY run, slo").to_pylist()
     judged = session.table(_JUDGED)
     keys = np.array(
@@ -87,5 +89,5 @@ def goodput(session: "Session") -> list[dict[str, Any]]:
     for row in rows:
         mine = keys == f"{row['run']}\0{row['slo']}"
         found = statistics.share(met[mine], at_ns[mine], weights[mine])
-        row |= {"lo": found.lo, "hi": found.hi}
+        row.update(judged=row["requests"] - row["unjudged"], lo=found.lo, hi=found.hi)
     return rows

@@ -21,12 +21,13 @@ RATE_LEAST_NS = NS_PER_S  # a shorter span has no rate worth a percent
 MOST_SLICES = 60  # of a run's span; none is shorter than a second
 SLICE_LEAST = 100  # requests: in a thinner slice one request at its edge is over a percent
 SLEWED = 0.0005  # the kernel moves a clock by this at most (500 ppm); what is beyond was set
+REFUSED = (429, 503)  # RFC 6585 section 4, RFC 9110 section 15.6.4
 CLOCKS = ("kernel", "callback", "coroutine", "wall")  # best first
 
 COLUMNS = [
     *("scheduled_ns", "arrival_ns", "send_ns", "send_end_ns", "late_cause", "outcome"),
     *("first_content_ns", "last_content_ns", "stream", "connect_ns", "event_clock", "send_clock"),
-    "worker",
+    *("worker", "http_status", "retry_after_s"),
     *("input_tokens", "planned_input_tokens", "output_tokens", "planned_output_tokens"),
     *("coalesced_reads", "clamped_events", "events_dropped", "lag_max_us", "off_us"),
 ]
@@ -52,6 +53,21 @@ def spread(values: Ints) -> dict[str, int | None]:
         return {"p50": None, "p99": None, "max": None}
     p50, p99 = np.quantile(values, [0.5, 0.99], method="higher")
     return {"p50": int(p50), "p99": int(p99), "max": int(values.max())}
+
+
+def refusals(table: pa.Table) -> dict[str, Any]:
+    """Requests that the candidate turned away for now (429, 503), and the wait that it asked for.
+
+    None of them was tried again: a retry would offer load that the tape does not have.
+    """
+    refused = table.filter(pc.is_in(table["http_status"], pa.array(REFUSED, pa.int16())))
+    counts = pc.value_counts(refused["http_status"]).to_pylist()
+    waits = refused.filter(pc.is_valid(refused["retry_after_s"]))["retry_after_s"]
+    return {
+        "by_status": {str(c["values"]): int(c["counts"]) for c in counts},
+        "with_retry_after": len(waits),
+        "retry_after_s": spread(ints(waits)),
+    }
 
 
 def schedule(table: pa.Table, late_ns: int) -> dict[str, Any]:

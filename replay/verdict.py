@@ -71,11 +71,22 @@ class Verdict:
         outcomes = ", ".join(f"{n} {name}" for name, n in f["outcomes"].items()) or "none"
         return [
             f"  requests: {f['requests']} sent: {outcomes}",
+            *_refusal_lines(f["refusals"]),
             *_schedule_lines(f),
             *_length_lines(f),
             *_stamp_lines(f),
             *_machine_lines(f),
         ]
+
+
+def _refusal_lines(refusals: dict[str, Any]) -> list[str]:
+    by_status, waits = refusals["by_status"], refusals["retry_after_s"]
+    if not by_status:
+        return []
+    kinds = ", ".join(f"{n} with {status}" for status, n in by_status.items())
+    asked = refusals["with_retry_after"]
+    wait = f"; {asked} asked for a wait of {waits['p50']} s (median, most {waits['max']} s)"
+    return [f"  refused, never tried again: {kinds}{wait if asked else ''}"]
 
 
 def _schedule_lines(f: dict[str, Any]) -> list[str]:
@@ -217,6 +228,7 @@ def _judge_outcomes(verdict: Verdict, table: pa.Table, sent: Sent) -> None:
         "outcomes": outcomes,
         "not_sent": sent.not_sent,
         "fresh_connects": int(waited),
+        "refusals": measures.refusals(table),
     }
     for missing in sent.dead:
         verdict.blame("invalid", missing)

@@ -9,6 +9,7 @@ import pytest
 from rows import MS, make_tape, streamed_row
 from tokentape.analysis.report import Report, report
 from tokentape.analysis.session import connect
+from tokentape.analysis.slo import Slo
 
 VERDICT = {"level": "suspect", "reasons": ["suspect: schedule lag p99 3.0 ms"]}
 
@@ -138,3 +139,16 @@ def test_plain_data_is_json_with_stable_keys(one: Report, two: Report) -> None:
     assert set(found["metrics"][0]) == {
         "run", "metric", "stat", "weight", "value", "unit", "n", "attempted", "coverage",
     }  # fmt: skip
+
+
+def test_what_is_asked_apart_has_the_rows_of_metrics_long(folder: Path) -> None:
+    slos = [Slo("a", {"ttft": MS}), Slo("b", {"e2e": 1})]
+    for given in (slos, []):
+        with connect([folder / "a.tape", folder / "b.tape"], slos=given) as session:
+            found = report(session).metrics
+            long = session.table("FROM metrics_long").to_pylist()
+
+        def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return sorted(rows, key=lambda r: (r["run"], r["metric"], r["stat"]))
+
+        assert ordered(found) == ordered(long)

@@ -531,5 +531,5 @@ def test_quantiles_of_events_never_sort_the_events(session: Session) -> None:
         assert next(m.weight for m in metrics() if m.name == metric) in ("event", "token")
     users = [m.name for m in load_order() for o in m.objects if "quantile_disc" in o.sql]
     assert users == ["prelude.quantiles"]
-    plan = str(ask(session, "EXPLAIN FROM _icl_counts"))
+    plan = str(ask(session, "EXPLAIN FROM _gap_counts"))
     assert "quantile" not in plan

@@ -15,7 +15,9 @@ from replay_server import HEAD, LAST, Seen, Step, chunk, engine_like, event, ser
 from tokentape.cli.drive import ask_about
 from tokentape.replay.plan import is_private
 from tokentape.replay.run import ReplayOptions, make_plan, run_plan
+from tokentape.replay.verdict import _refusal_lines
 from tokentape.traces.reader import open_tape
+from tokentape.traces.retry_after import retry_after_s
 from tokentape.traces.writer import TapeWriter
 
 TOKENS = 5
@@ -42,8 +44,8 @@ def run_against(answer: Any, tmp_path: Path) -> tuple[dict[str, Any], list[str],
     return open_tape(summary.tape).read().to_pylist()[0], summary.verdict.reasons, arrived
 
 
-def refusal(status: int) -> bytes:
-    return f"HTTP/1.1 {status} X\r\nRetry-After: 0\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+def refusal(status: int, after: str = "0") -> bytes:
+    return f"HTTP/1.1 {status} X\r\nRetry-After: {after}\r\nContent-Length: 2\r\n\r\n{{}}".encode()
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -55,6 +57,44 @@ def test_a_refusal_that_says_when_to_come_back_is_one_row_and_no_second_try(
         *("http_error", status, 1, 1),
     )
     assert "1 http_error" in " ".join(reasons)
+    assert row["retry_after_s"] == 0
+
+
+def test_the_verdict_says_how_many_were_refused_and_what_they_were_told_to_wait(
+    tmp_path: Path,
+) -> None:
+    run_against(lambda _: [refusal(429, "7")], tmp_path)
+    verdict = open_tape(tmp_path / "r.tape").facts["verdict"]
+    assert verdict["refusals"] == {
+        "by_status": {"429": 1},
+        "with_retry_after": 1,
+        "retry_after_s": {"p50": 7, "p99": 7, "max": 7},
+    }
+    (line,) = _refusal_lines(verdict["refusals"])
+    assert "1 with 429; 1 asked for a wait of 7 s" in line
+    assert not _refusal_lines(verdict["refusals"] | {"by_status": {}})
+
+
+DATE = "Sun, 06 Nov 1994 08:49:{} GMT"
+
+
+@pytest.mark.parametrize(
+    ("asked", "date", "seconds"),
+    [
+        ("120", None, 120),
+        ("0.25", None, 1),
+        ("99999999999", None, 2**31 - 1),
+        (DATE.format(50), DATE.format(37), 13),
+        (DATE.format(30), DATE.format(37), 0),
+        (DATE.format(50), None, None),
+        *((wrong, DATE.format(37), None) for wrong in ("", "soon", "-1", "nan", "inf")),
+    ],
+)
+def test_what_a_refusal_asks_for_is_read_in_both_forms_and_never_guessed(
+    asked: str, date: str | None, seconds: int | None
+) -> None:
+    headers = {b"retry-after": asked} | ({b"date": date} if date else {})
+    assert retry_after_s(headers) == seconds
 
 
 def test_a_redirect_is_not_followed(tmp_path: Path) -> None:

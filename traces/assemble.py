@@ -18,6 +18,7 @@ from tokentape.traces.clock import TapeClock
 from tokentape.traces.identity import request_id
 from tokentape.traces.open_request import OpenRequest, State, Unfinished
 from tokentape.traces.privacy import Privacy
+from tokentape.traces.retry_after import retry_after_s
 from tokentape.traces.schema import INSTANTS, INTEGER_BOUNDS, allowed
 from tokentape.traces.wire import Reply, ReplyParser, read_request, wire_format
 from tokentape.traces.wire.reply import StreamParser
@@ -223,6 +224,8 @@ class Assembler:
             "http_status": status,
             "content_encoding": encoding,
         }
+        if b"retry-after" in found:
+            columns["retry_after_s"] = retry_after_s(found)
         request.row.update(columns)
         self._sink.learned(stream, self._visible(columns))
         request.read_reply_as(found.get(b"content-type", ""))

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from tokentape.traces import blocks
+from tokentape.traces import blocks, retry_after
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import TapeError
 from tokentape.traces.writer_life import WriterLife
@@ -39,6 +39,7 @@ READ_HEADERS = frozenset(
         b"traceparent",
         b"content-type",
         b"content-encoding",
+        *retry_after.NAMES,
     }
 )
 _LARGEST_PAYLOAD = blocks.SLOT_BYTES - blocks.RECORD.size

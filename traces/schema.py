@@ -128,6 +128,7 @@ def _columns() -> Iterable[Column]:
     yield c("tls_ns", i64, "time of the upstream TLS handshake", "ns")
     yield c("server_id", text, "replica or worker, where a reply header tells")
     yield c("http_status", i16, "status of the reply")
+    yield c("retry_after_s", i32, "what the reply's Retry-After asked for, from the reply on", "s")
     yield c("content_encoding", text, "content-encoding of the reply body")
     yield c("prompt_bytes", i64, "request body", "bytes")
     yield c("response_bytes", i64, "reply body, without transfer framing", "bytes")

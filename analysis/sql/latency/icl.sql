@@ -14,14 +14,16 @@
 -- Differs from: vLLM bench and SGLang call this ITL; AIPerf agrees; inference-perf re-tokenises and
 --   gives the tokens of one event the same instant
 
--- Counts by value of the gaps of requests that ended well.
-CREATE VIEW _icl_counts AS
-SELECT
-  run,
-  'icl' AS metric,
-  gap_us * 1000.0 AS value,
-  sum(weight) AS weight,
-  count(*) AS n
-FROM gaps
-WHERE outcome = 'ok'
-GROUP BY run, gap_us;
+-- Gaps of replies that ended well and are not plain (latency.itl): several choices, an event without
+-- tokens, or unknown token counts.
+CREATE VIEW _icl_of_others AS
+SELECT run, gap_us, weight
+FROM _events_of_many_choices
+WHERE outcome = 'ok' AND gap_us IS NOT NULL
+UNION ALL
+SELECT run, off_us[i]::BIGINT - off_us[i - 1]::BIGINT AS gap_us, weight
+FROM (
+  SELECT run, off_us, weight, unnest(range(2, len(off_us) + 1)) AS i
+  FROM _streams
+  WHERE choice IS NULL AND outcome = 'ok' AND (ntok IS NULL OR list_contains(ntok, 0))
+);

@@ -1,5 +1,5 @@
 -- module: latency.itl
--- requires: prelude.schema
+-- requires: prelude.schema, latency.icl
 --
 -- Inter-token latency, where an event may carry several tokens (speculative decoding, batching).
 -- Two readings of one stream: what the user waited for each token, and the pace of the engine.
@@ -90,15 +90,36 @@ SELECT * FROM _itl_plain
 UNION ALL BY NAME
 SELECT * FROM _itl_searched;
 
--- Counts by value of both metrics, over requests that ended well; one pass over the events.
-CREATE VIEW _itl_counts AS
-WITH _gaps AS MATERIALIZED (
-  SELECT run, gap_us, ntok, sum(weight) AS weight, count(*) AS n
-  FROM itl
-  WHERE outcome = 'ok'
-  GROUP BY run, gap_us, ntok
-)
-SELECT run, 'itl_user' AS metric, gap_us * 1000.0 AS value, weight, n
+-- Counts by value of ICL and of both metrics here, over requests that ended well; one pass over the events
+-- of plain replies, whose ICL gap and ITL gap are the same.
+CREATE VIEW _gap_counts AS
+WITH
+  _plain AS MATERIALIZED (
+    SELECT run, gap_us, ntok, sum(weight) AS weight, count(*) AS n
+    FROM _itl_plain
+    WHERE outcome = 'ok'
+    GROUP BY run, gap_us, ntok
+  ),
+  _searched AS MATERIALIZED (
+    SELECT run, gap_us, ntok, sum(weight) AS weight, count(*) AS n
+    FROM _itl_searched
+    WHERE outcome = 'ok'
+    GROUP BY run, gap_us, ntok
+  ),
+  _gaps AS (
+    SELECT * FROM _plain
+    UNION ALL
+    SELECT * FROM _searched
+  )
+SELECT run, 'icl' AS metric, gap_us * 1000.0 AS value, weight, n
+FROM _plain
+WHERE gap_us IS NOT NULL
+UNION ALL
+SELECT run, 'icl', gap_us * 1000.0, sum(weight), count(*)
+FROM _icl_of_others
+GROUP BY run, gap_us
+UNION ALL
+SELECT run, 'itl_user', gap_us * 1000.0, weight, n
 FROM _gaps
 WHERE gap_us IS NOT NULL
 UNION ALL

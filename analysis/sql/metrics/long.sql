@@ -2,7 +2,7 @@
 -- requires: prelude.schema, prelude.quantiles, latency.ttft, latency.tpot, latency.icl, latency.itl,
 --   latency.e2e, latency.normalized, latency.stall, throughput.in_flight, throughput.rates, throughput.hardware,
 --   cost.price, cost.energy, quality.outcomes, quality.schedule, slo.goodput, throughput.steady, throughput.prefix,
---   phase.phases, phase.interference, tails.tails, frontier.frontier
+--   phase.server, phase.phases, phase.interference, tails.tails, frontier.frontier
 --
 -- Every metric of every run in one tidy table, the only machine output. The same rows for every
 -- run, also where there is no value. A value that is NULL is not known, does not apply, or stands
@@ -32,7 +32,7 @@ FROM (
   UNION ALL BY NAME SELECT * FROM _normalized_samples
   UNION ALL BY NAME SELECT * FROM _user_samples
   UNION ALL BY NAME SELECT * FROM _schedule_samples
-  UNION ALL BY NAME SELECT * FROM _phase_samples
+  UNION ALL BY NAME SELECT * FROM _server_samples
 )
 JOIN tapes USING (run)
 WHERE value IS NOT NULL;
@@ -40,10 +40,7 @@ WHERE value IS NOT NULL;
 -- Samples with one row per distinct value: events and tokens.
 CREATE MACRO _counts_by_key() AS TABLE
 SELECT {'run': run, 'metric': metric} AS key, value, weight, n
-FROM (
-  SELECT * FROM _icl_counts
-  UNION ALL BY NAME SELECT * FROM _itl_counts
-);
+FROM _gap_counts;
 
 -- One row per run and metric that has samples. Runs that kept every request take the fast way: all
 -- weights are 1.

@@ -53,8 +53,16 @@ FULL JOIN _counts USING (run, outcome);
 -- col http_status SMALLINT: status of the reply
 -- col error_type VARCHAR: class of the error
 -- col requests BIGINT: rows
+-- col retry_after_max_s INTEGER: longest wait that a reply's Retry-After asked for
 CREATE VIEW outcomes_errors AS
-SELECT run, outcome, origin, http_status, error_type, count(*) AS requests
+SELECT
+  run,
+  outcome,
+  origin,
+  http_status,
+  error_type,
+  count(*) AS requests,
+  max(retry_after_s) AS retry_after_max_s
 FROM requests
 WHERE outcome IS DISTINCT FROM 'ok'
 GROUP BY ALL;
