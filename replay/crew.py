@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from tokentape.replay.worker import NOTE_BYTES
 from tokentape.traces.clock import take_anchor
 from tokentape.traces.errors import TokentapeError
 from tokentape.traces.recording import say
+
+KILL_AT = 3  # Ctrl-C so many times ends what hangs
 
 
 @dataclass
@@ -56,6 +58,12 @@ class Member:
     def end(self) -> WorkerEnd:
         """What became of it."""
         return WorkerEnd(self.name, len(self.numbers), self.sent, self.failed or self.died)
+
+    def settle(self, sent: int | None) -> None:
+        """Nothing of it is in flight any more."""
+        if (last := self.progress) is not None:
+            sent = last.sent if sent is None else sent
+            self.progress = replace(last, sent=sent, done=sent, in_flight=0)
 
     def tell(self, **note: Any) -> None:
         """Say something to it, if it still listens."""
@@ -96,10 +104,15 @@ class Crew:
                 self._end(member)
 
     def stop(self) -> None:
-        """No member sends any more; what is in flight gets a moment. The second time, none."""
+        """No member sends any more; what is in flight gets a moment, the second time none.
+
+        The third time members that still live are killed: what they have told is sealed.
+        """
         self._stops += 1
         for member in self.members:
             member.tell(stop=True)
+            if self._stops >= KILL_AT and member.process is not None:
+                member.process.kill()
         self._changed.set()
 
     async def _together(self, start: StartAt) -> None:
@@ -181,6 +194,7 @@ class Crew:
         if "sent" in note:
             health = Health(**note["sent"].pop("health"))
             member.sent = Sent(**note["sent"], health=health)
+            member.settle(member.sent.sent)
         self._changed.set()
 
     def _gone(self, member: Member) -> None:
@@ -191,6 +205,7 @@ class Crew:
         member.process = None
         if member.sent is None:
             member.died = f"signal {-code}" if code < 0 else f"exit {code}"
+            member.settle(None)
             if self._let_go and not member.failed:
                 say(
                     f"worker {member.name} died ({member.died}): its requests are not sent again; "

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from tokentape.replay.health import Health
+from tokentape.replay.progress import Progress, added
 from tokentape.replay.sender import Sent
 from tokentape.replay.tally import WorkerEnd, tally, worst
 
@@ -39,3 +40,14 @@ def test_when_all_have_died_nothing_is_known_of_their_health() -> None:
     found = tally([WorkerEnd("w0", 10, None, "exit 1")], 5, {}, {})
     assert (found.sent, found.not_sent, found.health.ticks) == (0, 10, 0)
     assert worst([]).steal_share is None
+
+
+def test_progress_of_several_is_added_up_and_means_are_those_of_all() -> None:
+    name = "gen_ai_server_time_per_output_token_seconds_"
+    one = Progress(3.0, 10, 5, 4, 1, 2, 7.5, 9.0, {name + "sum": 1.0, name + "count": 10.0})
+    other = Progress(3.5, 20, 6, 3, 3, 0, 9.5, 8.0, {name + "sum": 5.0, name + "count": 20.0})
+    both = added([one, other])
+    assert (both.total, both.sent, both.done, both.in_flight, both.late) == (30, 11, 7, 4, 2)
+    assert (both.elapsed_s, both.worst_late_ms, both.span_s) == (3.5, 9.5, 9.0)
+    assert both.mean_s("time_per_output_token") == 0.2
+    assert added([one]) == one
