@@ -99,7 +99,7 @@ def ask(session: Session, *, phases: bool = False) -> ReportRows:
         errors=rows(_ERRORS),
         late_causes=rows(_CAUSES),
         goodput=goodput,
-        steady=rows("FROM steady"),
+        steady=rows("FROM steady") if any(t["role"] == "replay" for t in tapes) else [],
         stalls=stalls,
         prefixes=rows("FROM prefix_reuse"),
         phases=rows("FROM phases_totals ORDER BY method") if phases else None,

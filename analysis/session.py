@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokentape.analysis.hardware import HARDWARE_TABLE, Hardware, hardware_row
-from tokentape.analysis.modules import Module, ModuleError, SqlObject, load_order
+from tokentape.analysis.modules import load_order
 from tokentape.analysis.slo import UNKNOWN_PRESETS, Slo, slo_table
+from tokentape.analysis.views import ON_DEMAND, comment, make, metrics_table, named, quoted
 from tokentape.traces.errors import TapeError, UsageError
 from tokentape.traces.reader import Tape, open_tape
 from tokentape.traces.schema import REQUESTS, TELEMETRY
@@ -33,18 +34,6 @@ _READING_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CT
 _RUNNING_FUNCTIONS = {"query", "json_execute_serialized_sql"}  # run SQL that they get as text
 _DATA_ERRORS = (duckdb.IOException, duckdb.InvalidInputException, duckdb.OutOfMemoryException)
 _EXPLAIN = re.compile(r"\s*explain\s+(?:analyze\s+)?", re.IGNORECASE)
-
-# Costly to bind, so made when a query names one of their objects; METRICS.md lists all alike.
-_ON_DEMAND = {
-    "phase.prefill",
-    "phase.phases",
-    "phase.interference",
-    "tails.tails",
-    "throughput.steady",
-    "throughput.prefix",
-    "frontier.frontier",
-}
-_ABOUT_ALL = re.compile(r"\bduckdb_|\binformation_schema\b|^\s*(show|describe)\b", re.IGNORECASE)
 
 _TAPES = pa.schema(
     [
@@ -63,22 +52,6 @@ _TAPES = pa.schema(
     ]
 )
 _LOSSES = pa.schema([("run", pa.string()), ("reason", pa.string()), ("requests", pa.int64())])
-_METRICS = pa.schema(
-    [
-        (name, pa.string())
-        for name in (
-            "metric",
-            "title",
-            "unit",
-            "weight",
-            "formula",
-            "undefined_when",
-            "differs_from",
-            "source",
-            "module",
-        )
-    ]
-)
 
 
 class Session:
@@ -88,7 +61,7 @@ class Session:
         self.tapes = tapes
         self.labels = run_labels(tapes)
         self._connection = connection
-        self._unmade = [module for module in load_order() if module.name in _ON_DEMAND]
+        self._unmade = [module for module in load_order() if module.name in ON_DEMAND]
         self._commented = False
 
     def __enter__(self) -> Self:
@@ -112,15 +85,11 @@ class Session:
 
     def _make(self, query: str) -> None:
         """Make the modules that a query names; all, with their comments, if it asks about views."""
-        about_all, words = _ABOUT_ALL.search(query) is not None, set(re.findall(r"\w+", query))
-        wanted = {m.name for m in self._unmade if about_all or words & {o.name for o in m.objects}}
-        for module in reversed(self._unmade):
-            if module.name in wanted:
-                wanted.update(module.requires)
-        _load(self._connection, [m for m in self._unmade if m.name in wanted])
-        self._unmade = [m for m in self._unmade if m.name not in wanted]
+        needed, about_all = named(self._unmade, query)
+        make(self._connection, needed)
+        self._unmade = [m for m in self._unmade if m not in needed]
         if about_all and not self._commented:
-            _comment(self._connection, load_order())
+            comment(self._connection, load_order())
             self._commented = True
 
     def table(self, query: str) -> pa.Table:
@@ -155,14 +124,14 @@ def connect(
         connection.execute("SET parquet_metadata_cache = true")  # a sealed segment never changes
         for name, value in (("memory_limit", memory_limit), ("threads", threads)):
             if value is not None:
-                connection.execute(f"SET {name} = {_quoted(str(value))}")
+                connection.execute(f"SET {name} = {quoted(str(value))}")
         _make_tables(connection, opened, session.labels)
         machines = pa.Table.from_pylist(_hardware_rows(session, hardware), schema=HARDWARE_TABLE)
         _make_table(connection, "_hardware", machines)
         _make_table(connection, "_slos", slo_table(slos))
         modules = load_order()
-        _list_metrics(connection, modules)
-        _load(connection, [module for module in modules if module.name not in _ON_DEMAND])
+        _make_table(connection, "_metrics", metrics_table(modules))
+        make(connection, [module for module in modules if module.name not in ON_DEMAND])
         _refuse_unknown_presets(connection)
         _open_files(connection, opened, session.labels)
         _lock(connection, opened)
@@ -279,9 +248,9 @@ def _replace_by_files(
 
 
 def _scan(files: list[tuple[str, Path, Path]]) -> str:
-    listed = ", ".join(_quoted(str(path)) for _, _, path in files)
+    listed = ", ".join(quoted(str(path)) for _, _, path in files)
     cases = " ".join(
-        f"WHEN starts_with(filename, {_quoted(f'{tape}/')}) THEN {_quoted(run)}"
+        f"WHEN starts_with(filename, {quoted(f'{tape}/')}) THEN {quoted(run)}"
         for run, tape in dict.fromkeys((run, tape) for run, tape, _ in files)
     )
     scan = f"read_parquet([{listed}], hive_partitioning = false)"
@@ -299,58 +268,13 @@ def _make_table(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table
     connection.unregister("_arrow")
 
 
-def _list_metrics(connection: duckdb.DuckDBPyConnection, modules: list[Module]) -> None:
-    rows = [
-        {
-            "metric": m.name,
-            "title": m.title,
-            "unit": m.unit,
-            "weight": m.weight,
-            "formula": m.formula,
-            "undefined_when": m.undefined_when,
-            "differs_from": m.differs_from,
-            "source": m.view,
-            "module": m.module,
-        }
-        for module in modules
-        for m in module.metrics
-    ]
-    _make_table(connection, "_metrics", pa.Table.from_pylist(rows, schema=_METRICS))
-
-
-def _load(connection: duckdb.DuckDBPyConnection, modules: list[Module]) -> None:
-    """Make the views and macros of the modules, in order."""
-    for module in modules:
-        for made in module.objects:
-            try:
-                connection.execute(made.sql)
-            except duckdb.Error as error:
-                raise ModuleError(f"{module.path}:{made.line}: {error}") from error
-
-
-def _comment(connection: duckdb.DuckDBPyConnection, modules: list[Module]) -> None:
-    """Hand the comments of the modules to DuckDB's catalogue."""
-    for module in modules:
-        for made in module.objects:
-            connection.execute("; ".join(_comments(made)))
-
-
-def _comments(made: SqlObject) -> Iterator[str]:
-    args = "".join(f"\n{a.name} {a.type}: {a.comment}" for a in made.args)
-    columns = made.columns if made.kind == "VIEW" else []
-    told = "".join(f"\n-> {c.name} {c.type}: {c.comment}" for c in made.columns if not columns)
-    yield f"COMMENT ON {made.kind} {made.name} IS {_quoted(made.text + args + told)}"
-    for column in columns:
-        yield f'COMMENT ON COLUMN {made.name}."{column.name}" IS {_quoted(column.comment)}'
-
-
 def _lock(connection: duckdb.DuckDBPyConnection, tapes: list[Tape]) -> None:
     """Leave nothing open but the tapes' files, and a folder of its own to spill into."""
     files = [str(path) for path in _files(tapes)]
     spill = Path(tempfile.gettempdir()) / f"tokentape-spill-{uuid.uuid4().hex}"
     for name, value in (
-        ("temp_directory", _quoted(str(spill))),
-        ("allowed_paths", f"[{', '.join(map(_quoted, files))}]"),
+        ("temp_directory", quoted(str(spill))),
+        ("allowed_paths", f"[{', '.join(map(quoted, files))}]"),
         ("autoinstall_known_extensions", "false"),
         ("autoload_known_extensions", "false"),
         ("python_enable_replacements", "false"),
@@ -404,7 +328,3 @@ def _shown(error: duckdb.Error, tapes: list[Tape]) -> TapeError | UsageError:
     if isinstance(error, _DATA_ERRORS):
         return TapeError(f"sql: {text}")
     return UsageError(f"sql: {text}")
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
