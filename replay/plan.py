@@ -65,6 +65,7 @@ class ReplayOptions:
     max_requests: int | None = None
     max_tokens: int | None = None
     timeout_ns: int | None = None  # per request; None waits for ever
+    first_byte_timeout_ns: int | None = None  # of a stream's body
     precise: bool = False  # wait for each due time awake: a core is busier, sends are exacter
     include_failed: bool = False
     workers: int = 1
@@ -89,6 +90,7 @@ class ReplayOptions:
             "max_requests": self.max_requests,
             "max_tokens": self.max_tokens,
             "timeout_ns": self.timeout_ns,
+            "first_byte_timeout_ns": self.first_byte_timeout_ns,
             "precise": self.precise,
             "include_failed": self.include_failed,
             "workers": self.workers,
@@ -132,6 +134,7 @@ class Plan:
             target=self.target,
             peak_in_flight=schedule.peak_in_flight,
             timeout_ns=self.options.timeout_ns,
+            first_byte_timeout_ns=self.options.first_byte_timeout_ns,
             precise=self.options.precise,
         )
 

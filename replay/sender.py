@@ -102,6 +102,7 @@ class Sender:
         *,
         warm: int = 1,
         timeout_ns: int | None = None,
+        first_byte_timeout_ns: int | None = None,
         progress: Callable[[Progress], None] | None = None,
         ahead_bytes: int = AHEAD_BYTES,
         worker: str = "w0",
@@ -115,6 +116,8 @@ class Sender:
         self._ahead = Ahead(prepare, len(due), ahead_bytes)
         self._warm = warm
         self._timeout_s = None if timeout_ns is None else timeout_ns / NS_PER_S
+        first_ns = first_byte_timeout_ns
+        self._first_byte_s = None if first_ns is None else first_ns / NS_PER_S
         self._progress = progress
         self._start = start or StartAt()
         self._labels = json.dumps({"worker": worker})
@@ -259,10 +262,17 @@ class Sender:
         if armed.task.done():  # its connection went away before anything was sent
             armed = self._launch(armed.outgoing, armed.due_ns)
         armed.body.release()
-        deadline = armed.exchange.deadline
-        if self._timeout_s is not None and deadline is not None and not armed.task.done():
-            deadline.reschedule(self._loop.time() + self._timeout_s)
+        if not armed.task.done():
+            self._set_deadlines(armed)
         return armed
+
+    def _set_deadlines(self, armed: "Armed") -> None:
+        """Those of a client; only a stream has a first byte that is not also its last."""
+        exchange = armed.exchange
+        if self._timeout_s is not None and exchange.deadline is not None:
+            exchange.deadline.reschedule(self._loop.time() + self._timeout_s)
+        if self._first_byte_s is not None and armed.outgoing.row.get("stream"):
+            exchange.first_by = self._loop.call_later(self._first_byte_s, exchange.give_up)
 
     def _arm_ahead(self) -> bool:
         """Arm a turn's share of those whose time to be armed has come; whether more wait."""

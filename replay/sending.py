@@ -65,6 +65,7 @@ async def send_share(
                 build,
                 warm=max(1, warm),
                 timeout_ns=share.timeout_ns,
+                first_byte_timeout_ns=share.first_byte_timeout_ns,
                 precise=share.precise,
                 worker=worker,
                 start=start,

@@ -40,6 +40,7 @@ class Share:
     target: Target
     peak_in_flight: int
     timeout_ns: int | None
+    first_byte_timeout_ns: int | None
     precise: bool
 
     def __len__(self) -> int:

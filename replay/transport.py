@@ -72,8 +72,11 @@ class Exchange:
         "deadline",
         "end_ns",
         "error_type",
+        "first_by",
+        "first_ns",
         "head_ns",
         "kernel_send_ns",
+        "late_first",
         "outcome",
         "recorder",
         "release_ns",
@@ -90,13 +93,23 @@ class Exchange:
         self.release_ns = 0  # when it was let go; its connection may be ready long before
         self.deadline: asyncio.Timeout | None = None
         self.connect_ns: int | None = None  # None: a connection was waiting
-        self.send_ns = self.send_end_ns = self.head_ns = self.end_ns = 0
+        self.first_by: asyncio.TimerHandle | None = None  # calls `give_up`
+        self.late_first = False
+        self.send_ns = self.send_end_ns = self.head_ns = self.first_ns = self.end_ns = 0
         self.kernel_send_ns = self.acked_ns = 0
         self.status = 0
         self.conn_id: int | None = None
         self.reused = False
         self.outcome = "cut"
         self.error_type: str | None = None
+
+    def give_up(self) -> None:
+        """End it as a client does that waits no longer for the first byte of a body."""
+        if self.deadline is None or self.first_ns or self.end_ns:
+            return
+        with contextlib.suppress(RuntimeError):  # it is ending already
+            self.deadline.reschedule(0)
+            self.late_first = True
 
 
 _CURRENT: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -113,6 +126,8 @@ class Sink(StreamReader):
         exchange = protocol.exchange
         assert exchange is not None
         assert exchange.stream is not None
+        if not exchange.first_ns:
+            exchange.first_ns = protocol.read_ns
         exchange.recorder.reply_data(exchange.stream, protocol.read_ns, data, protocol.lag_us)
         return False
 
@@ -193,7 +208,9 @@ class StampedProtocol(ResponseHandler):
             exchange.end_ns = self.read_ns  # aiohttp's one shared empty body
             return
         assert exchange.stream is not None
-        for piece in body._buffer:  # noqa: SLF001 - tried by self_check
+        if body._buffer:  # noqa: SLF001 - tried by self_check
+            exchange.first_ns = self.read_ns
+        for piece in body._buffer:  # noqa: SLF001
             exchange.recorder.reply_data(exchange.stream, self.read_ns, piece, self.lag_us)
         body._buffer.clear()  # noqa: SLF001
         body._size = 0  # noqa: SLF001
@@ -361,13 +378,17 @@ class Client:
             async with asyncio.timeout(None) as exchange.deadline:
                 await self._round_trip(url, headers, body)
             exchange.outcome = "upstream_abort" if exchange.error_type else "ok"
-        except TimeoutError:
+        except TimeoutError as error:  # a connect may time out in the kernel, too
             exchange.outcome = "timeout"
+            ours = "first_byte_timeout" if exchange.late_first else "total_timeout"
+            exchange.error_type = errorcode.get(error.errno or 0) or ours
         except NO_REPLY as error:
             exchange.outcome = "upstream_abort" if exchange.send_ns else "connect_error"
             exchange.error_type = _error_type(error)
         finally:
             exchange.end_ns = exchange.end_ns or monotonic_ns()
+            if exchange.first_by is not None:
+                exchange.first_by.cancel()
 
     async def _round_trip(self, url: URL, headers: dict[str, str], body: Body) -> None:
         response = await self._session.post(url, data=body, headers=headers, allow_redirects=False)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from replay_server import HEAD, LAST, Seen, Step, chunk, engine_like, event, serve, streamed
+from replay_server import HEAD, LAST, Seen, Step, chunk, engine_like, event, plain, serve, streamed
 from tokentape.cli.drive import ask_about
 from tokentape.replay.plan import is_private
 from tokentape.replay.run import ReplayOptions, make_plan, run_plan
@@ -24,11 +24,13 @@ TOKENS = 5
 S = 1_000_000_000
 
 
-def run_against(answer: Any, tmp_path: Path) -> tuple[dict[str, Any], list[str], int]:
+def run_against(
+    answer: Any, tmp_path: Path, row: dict[str, Any] | None = None, **options: Any
+) -> tuple[dict[str, Any], list[str], int]:
     """(the row, the verdict's reasons, requests that arrived) of one request of five tokens."""
     writer = TapeWriter.create(tmp_path / "s.tape", role="import", command=[], options={}, facts={})
-    counts = {"input_tokens": 20, "output_tokens": TOKENS, "outcome": "ok"}
-    writer.append({"request_id": bytes(16), "arrival_ns": 0} | counts)
+    counts = {"input_tokens": 20, "output_tokens": TOKENS, "outcome": "ok", "stream": True}
+    writer.append({"request_id": bytes(16), "arrival_ns": 0} | counts | (row or {}))
     writer.close()
 
     def script(seen: Seen) -> Sequence[Step]:
@@ -36,10 +38,12 @@ def run_against(answer: Any, tmp_path: Path) -> tuple[dict[str, Any], list[str],
         return list(answer(seen)) if asked else engine_like(seen)
 
     with serve(script) as server:
-        options = ReplayOptions(
-            source=tmp_path / "s.tape", to=server.url, tape=tmp_path / "r.tape", timeout_ns=S
-        )
-        summary = run_plan(make_plan(options))
+        wanted: dict[str, Any] = {
+            "source": tmp_path / "s.tape",
+            "tape": tmp_path / "r.tape",
+            "timeout_ns": S,
+        }
+        summary = run_plan(make_plan(ReplayOptions(to=server.url, **(wanted | options))))
         arrived = len(server.generations)
     return open_tape(summary.tape).read().to_pylist()[0], summary.verdict.reasons, arrived
 
@@ -114,6 +118,38 @@ def test_a_stream_that_never_ends_is_a_timeout_with_what_it_had(tmp_path: Path) 
     row, _, _ = run_against(lambda seen: [*streamed(seen)[:7], 20.0], tmp_path)
     assert row["outcome"] == "timeout" and len(row["off_us"]) == 3
     assert row["end_ns"] - row["send_ns"] < 10 * S
+    assert row["error_type"] == "total_timeout"
+
+
+@pytest.mark.parametrize("begun", [[], [HEAD]])
+def test_a_stream_that_does_not_begin_is_given_up_at_its_own_deadline(
+    tmp_path: Path, begun: list[Step]
+) -> None:
+    row, _, _ = run_against(
+        lambda _: [*begun, 20.0], tmp_path, first_byte_timeout_ns=S // 4, timeout_ns=60 * S
+    )
+    assert (row["outcome"], row["error_type"]) == ("timeout", "first_byte_timeout")
+    assert row["http_status"] == (200 if begun else None) and not row["off_us"]
+    assert S // 4 <= row["end_ns"] - row["send_ns"] < 15 * S
+
+
+@pytest.mark.parametrize("in_one_read", [True, False])
+def test_a_stream_that_has_begun_may_take_its_time(tmp_path: Path, *, in_one_read: bool) -> None:
+    def slow(seen: Seen) -> Sequence[Step]:
+        head, first, *rest = (step for step in streamed(seen) if isinstance(step, bytes))
+        return [*([head + first] if in_one_read else [head, 0.01, first]), 1.0, *rest]
+
+    row, _, _ = run_against(slow, tmp_path, first_byte_timeout_ns=S // 2, timeout_ns=60 * S)
+    assert row["outcome"] == "ok" and len(row["off_us"]) == TOKENS
+
+
+def test_a_whole_answer_has_no_first_byte_to_wait_for(tmp_path: Path) -> None:
+    usage = {"prompt_tokens": 20, "completion_tokens": TOKENS, "total_tokens": 20 + TOKENS}
+    answer = plain(200, {"choices": [{"index": 0, "text": "x"}], "usage": usage})
+    row, _, _ = run_against(
+        lambda _: [0.6, *answer], tmp_path, {"stream": False}, first_byte_timeout_ns=S // 4
+    )
+    assert (row["outcome"], row["stream"]) == ("ok", False)
 
 
 def test_garbage_is_not_counted_as_tokens(tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ def replay(
     timeout: Annotated[
         str, typer.Option(metavar="DURATION", help="Longest that a request may take.")
     ] = "600s",
+    first_byte_timeout: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="Longest wait for a stream's first body byte."),
+    ] = None,
     precise: Annotated[
         bool,
         typer.Option("--precise", help="Wait for due times awake: exacter sends, a busier core."),
@@ -135,6 +139,9 @@ def replay(
         max_requests=max_requests,
         max_tokens=max_tokens,
         timeout_ns=_some_time("--timeout", timeout),
+        first_byte_timeout_ns=_some_time("--first-byte-timeout", first_byte_timeout)
+        if first_byte_timeout is not None
+        else None,
         precise=precise,
         include_failed=include_failed,
         workers=workers,
