@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokentape.replay.ahead import Outgoing
+from tokentape.replay.capacity import STREAM_GAP_S, TOKEN_BYTES, Demand, Fit, Machine
 from tokentape.replay.health import cores
 from tokentape.replay.probe import find_target
 from tokentape.replay.schedule import NS_PER_S, Schedule, ScheduleOptions, make_schedule
@@ -214,6 +215,32 @@ class Plan:
         most = self.target.max_model_tokens
         return 0 if most is None else int((inputs + outputs > most).sum())
 
+    @cached_property
+    def fit(self) -> Fit:
+        """What the plan asks of this machine, beside what it has."""
+        figures, span_s = self.figures, self.schedule.span_ns / NS_PER_S
+        lasting_s = STREAM_GAP_S * figures["output_tokens"] / len(self)
+        seconds = max(1.0, span_s + lasting_s)
+        demand = Demand(
+            workers=self.options.workers,
+            requests_per_s=len(self) / seconds,
+            events_per_s=figures["output_tokens"] / seconds,
+            peak_requests_per_s=figures["peak_per_s"],
+            in_flight=self.schedule.peak_in_flight,
+            body_bytes=TOKEN_BYTES * figures["input_tokens"] / len(self),
+        )
+        return Fit(demand, Machine.here())
+
+    def check(self) -> None:
+        """UsageError for a load that this machine cannot offer, unless it is to be tried."""
+        reasons = self.fit.impossible()
+        if reasons and not self.options.force:
+            raise UsageError(
+                f"this machine cannot offer this load: {'; '.join(reasons)}. "
+                "Use --shard over several machines, a lower --speed or --max-requests; "
+                "--force tries it all the same"
+            )
+
     # -- words ----------------------------------------------------------------------------------
 
     def json(self) -> dict[str, Any]:
@@ -227,6 +254,7 @@ class Plan:
             "turns": "open",
             "seed": self.options.seed,
             "candidate": self.candidate(),
+            "capacity": self.fit.as_dict(),
             "warnings": self.warnings(),
         }
 
@@ -268,6 +296,7 @@ class Plan:
             host = urlsplit(self.target.address.base).hostname
             found.append(f"{host} is not a private address: this load goes out into the world")
         found += self._too_much()
+        found += [f"impossible here: {reason}" for reason in self.fit.impossible()]
         step = self.source_facts.get("arrival_resolution_ns")
         if step and step >= COARSE_ARRIVALS_NS:
             found.append(
@@ -335,6 +364,7 @@ class Plan:
             rate,
             *self._worker_lines(),
             f"  tokens: {f['input_tokens']:,} in, {f['output_tokens']:,} out",
+            f"  this machine: {self.fit.text()}",
         ]
         if f["prefix_blocks"]:
             share = 100 * f["prefix_blocks_repeated"] / f["prefix_blocks"]

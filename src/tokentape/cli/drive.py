@@ -10,7 +10,7 @@ from tokentape.cli import units
 from tokentape.cli.output import print_json, print_lines
 from tokentape.cli.progress import counting, say
 from tokentape.cli.read import print_report
-from tokentape.cli.record import Facts, Force, Json, command_line
+from tokentape.cli.record import Facts, Json, command_line
 from tokentape.traces.errors import GateNotMet, UsageError
 
 if TYPE_CHECKING:
@@ -110,7 +110,10 @@ def replay(
         ),
     ] = None,
     fact: Facts = None,
-    force: Force = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace a tape that exists; try a load beyond this machine."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Offer the load of a tape to a candidate; record how it does.
@@ -163,6 +166,7 @@ def replay(
         else:
             print_lines([made.text()])
         return
+    _check(made)
     ask_about(made)
     by_itself = made.schedule.span_ns >= CALIBRATE_FROM_NS and not start_at  # it might be missed
     floor = _floor(made) if calibrate or (calibrate is None and by_itself) else None
@@ -175,6 +179,13 @@ def _some_time(option: str, text: str) -> int:
     if duration_ns <= 0:
         raise UsageError(f"{option} {text}: need a duration above zero, such as 600s")
     return duration_ns
+
+
+def _check(plan: "Plan") -> None:
+    """UsageError for a load that this machine cannot offer; its plan is shown then."""
+    if plan.fit.impossible():
+        say(plan.text())
+    plan.check()
 
 
 def ask_about(plan: "Plan") -> None:
