@@ -27,7 +27,7 @@ SLICE_ERROR = (0.05, 0.25)  # the same in the worst slice: a minute behind must 
 STALL_P99_NS = (5 * NS_PER_MS, 50 * NS_PER_MS)  # lateness of own ticks, where user stamps share it
 KERNEL_STALL_P99_NS = (50 * NS_PER_MS, 500 * NS_PER_MS)  # kernel stamps do not: sends still do
 ARRIVAL_LAG_OF_GAP = (0.5, 2.0)  # worst read of a row, p99: a second event may be in it by then
-COALESCED_SHARE = (0.05, 1.0)  # events that share a read: an upper bound only; may be the server's
+COALESCED_SHARE = (0.05, 1.0)  # events that share a read, at least; may be the server's
 LENGTH_MISSED = (0.01, 0.10)  # requests whose token counts are not the planned ones
 FAILED_SHARE = (0.01, 0.50)  # beyond one in two the load was another one
 STEAL_SHARE = (0.01, 0.05)  # of all cores; the hypervisor's theft cannot be told from the engine
@@ -126,7 +126,11 @@ def _stamp_lines(f: dict[str, Any]) -> list[str]:
     shared = f["coalesced_share"]
     lines = [
         f"  stamps: replies by clock: {clocks}"
-        + (f"; {100 * shared:.2f} % of events in shared reads" if shared is not None else "")
+        + (
+            f"; at least {100 * shared:.2f} % of events in shared reads"
+            if shared is not None
+            else ""
+        )
     ]
     if f["arrival_lag_ns"]["p99"] is not None:
         lag, gap = f["arrival_lag_ns"], f["event_gap_p50_ns"]
@@ -275,7 +279,7 @@ def _judge_stamps(verdict: Verdict, table: pa.Table, tape: Tape) -> None:
     verdict.judge(
         share,
         COALESCED_SHARE,
-        f"{100 * (share or 0):.1f} % of the events shared a socket read",
+        f"at least {100 * (share or 0):.1f} % of the events shared a socket read",
     )
     if lag is not None and gap:
         verdict.judge(

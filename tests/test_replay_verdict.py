@@ -134,7 +134,11 @@ def failing(count: int, **columns: Any) -> Any:
         (failing(8, output_tokens=9), "suspect", "output tokens: 8 of 400"),
         (failing(80, input_tokens=99), "invalid", "input tokens: 80 of 400"),
         (failing(ROWS, input_tokens=None), "suspect", "input tokens: the candidate counts none"),
-        (failing(100, coalesced_reads=5), "suspect", "12.5 % of the events shared a socket read"),
+        (
+            failing(100, coalesced_reads=5),
+            "suspect",
+            "at least 25.0 % of the events shared a socket read",
+        ),
         (failing(1, events_dropped=3), "suspect", "3 pieces of replies were dropped"),
     ],
 )
