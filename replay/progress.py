@@ -1,7 +1,13 @@
 """How a run stands, told about once a second to whoever watches it. Figures only, no printing."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+OUTCOMES = "tokentape_requests_total"
+FAILED_SHARE = 0.01  # as in the verdict
+LATE_SHARE = 0.01  # the verdict's p99
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,7 @@ class Progress:
     worst_late_ms: float
     span_s: float = 0.0  # from the first due time to the last
     served: Mapping[str, float] = field(default_factory=dict)  # totals of finished requests
+    late_causes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def left_s(self) -> float:
@@ -32,6 +39,33 @@ class Progress:
         )
         return total / count if count else None
 
+    def at_most_s(self, what: str, q: float) -> float | None:
+        """Bound of the histogram bucket that holds a quantile; None beyond the last, or of none."""
+        name = f"gen_ai_server_{what}_seconds_bucket"
+        up_to: dict[float, float] = {}
+        for series, count in self.served.items():
+            if series.startswith(name):
+                bound = float(json.loads(series.removeprefix(name))["le"])
+                up_to[bound] = up_to.get(bound, 0.0) + count
+        total = up_to.get(math.inf, 0.0)
+        held = [b for b, n in sorted(up_to.items()) if total and n >= q * total]
+        return held[0] if held and held[0] < math.inf else None
+
+    def doubts(self) -> list[str]:
+        """What would speak against the run if it ended now; the verdict looks at more."""
+        outcomes = {
+            json.loads(series.removeprefix(OUTCOMES))["outcome"]: int(count)
+            for series, count in self.served.items()
+            if series.startswith(OUTCOMES)
+        }
+        failed = {n: c for n, c in outcomes.items() if n not in ("ok", "cut")}
+        found = []
+        if sum(failed.values()) > FAILED_SHARE * sum(outcomes.values()):
+            found.append(", ".join(f"{n} {name}" for name, n in failed.items()))
+        if self.late > LATE_SHARE * self.sent:
+            found.append(f"{100 * self.late / self.sent:.1f} % of the requests left late")
+        return found
+
 
 def added(states: Sequence[Progress]) -> Progress:
     """How several workers stand together; one at least."""
@@ -39,6 +73,10 @@ def added(states: Sequence[Progress]) -> Progress:
     for state in states:
         for name, value in state.served.items():
             served[name] = served.get(name, 0.0) + value
+    causes: dict[str, int] = {}
+    for state in states:
+        for name, count in state.late_causes.items():
+            causes[name] = causes.get(name, 0) + count
     return Progress(
         elapsed_s=max(s.elapsed_s for s in states),
         total=sum(s.total for s in states),
@@ -48,5 +86,6 @@ def added(states: Sequence[Progress]) -> Progress:
         late=sum(s.late for s in states),
         worst_late_ms=max(s.worst_late_ms for s in states),
         span_s=max(s.span_s for s in states),
+        late_causes=causes,
         served=served,
     )

@@ -128,7 +128,8 @@ class Sender:
         self._next_arm = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._outcomes: dict[str, int] = {}
-        self._next = self._late = self._worst_ns = 0
+        self._late_by: dict[str, int] = {}
+        self._next = self._worst_ns = 0
         self._t0_ns = 0
         self._filling = self._stopped = False
         self._posted = asyncio.Event()  # nothing more will be sent
@@ -352,13 +353,15 @@ class Sender:
             sent_ns = max(exchange.send_ns, min(sent_ns, exchange.kernel_send_ns))
         late_ns = (sent_ns or exchange.end_ns) - due_ns
         self._worst_ns = max(self._worst_ns, late_ns)
-        self._late += late_ns > LATE_NS
+        cause = late_cause(exchange, due_ns) if late_ns > LATE_NS else None
+        if cause is not None:
+            self._late_by[cause] = self._late_by.get(cause, 0) + 1
         self._outcomes[exchange.outcome] = self._outcomes.get(exchange.outcome, 0) + 1
         row: dict[str, Any] = {
             "outcome": exchange.outcome,
             "error_type": exchange.error_type,
             "origin": "upstream" if exchange.head_ns else None,
-            "late_cause": late_cause(exchange, due_ns) if late_ns > LATE_NS else None,
+            "late_cause": cause,
             "conn_id": exchange.conn_id,
             "connect_ns": exchange.connect_ns,
         }
@@ -419,7 +422,8 @@ class Sender:
             sent=self._next,
             done=self._next - self._in_flight(),
             in_flight=self._in_flight(),
-            late=self._late,
+            late=sum(self._late_by.values()),
+            late_causes=dict(self._late_by),
             worst_late_ms=self._worst_ns / 1e6,
             span_s=self._due_ns[-1] / NS_PER_S if len(self._due_ns) else 0.0,
         )

@@ -1,6 +1,8 @@
 """Verbs that make load or take it: replay, engine, demo."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -8,7 +10,7 @@ import typer
 
 from tokentape.cli import units
 from tokentape.cli.output import print_json, print_lines
-from tokentape.cli.progress import counting, say
+from tokentape.cli.progress import in_lines, say
 from tokentape.cli.read import print_report
 from tokentape.cli.record import Facts, Json, command_line
 from tokentape.traces.errors import GateNotMet, UsageError
@@ -109,6 +111,9 @@ def replay(
             help="First measure the client on a null server; by itself from a minute's plan on.",
         ),
     ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Tell the progress in lines, on a terminal too.")
+    ] = False,
     fact: Facts = None,
     force: Annotated[
         bool,
@@ -170,7 +175,7 @@ def replay(
     ask_about(made)
     by_itself = made.schedule.span_ns >= CALIBRATE_FROM_NS and not start_at  # it might be missed
     floor = _floor(made) if calibrate or (calibrate is None and by_itself) else None
-    _run(made, fail_on, floor, json=json)
+    _run(made, fail_on, floor, json=json, plain=plain)
 
 
 def _some_time(option: str, text: str) -> int:
@@ -207,7 +212,22 @@ def _floor(plan: "Plan") -> "Floor":
     return calibrate(plan)
 
 
-def _run(plan: "Plan", fail_on: str | None, floor: "Floor | None", *, json: bool) -> None:
+@contextmanager
+def _watched(total: int, *, plain: bool) -> Iterator["Callable[[Progress], None]"]:
+    """Gives what is told of a run: a panel on a terminal, else lines."""
+    if sys.stderr.isatty() and not plain:
+        from tokentape.cli.panel import live_panel
+
+        with live_panel() as show:
+            yield show
+        return
+    tell = in_lines("requests", total)
+    yield lambda now: tell(now.done, standing(now))
+
+
+def _run(
+    plan: "Plan", fail_on: str | None, floor: "Floor | None", *, json: bool, plain: bool
+) -> None:
     from tokentape.replay.calibrate import keep_floor
     from tokentape.replay.run import run_plan
 
@@ -215,11 +235,7 @@ def _run(plan: "Plan", fail_on: str | None, floor: "Floor | None", *, json: bool
         say(plan.text())
     else:
         print_lines([plan.text()])
-    with counting("requests", len(plan)) as tell:
-
-        def watch(now: "Progress") -> None:
-            tell(now.done, standing(now))
-
+    with _watched(len(plan), plain=plain) as watch:
         done = run_plan(plan, watch)
     if floor is not None:
         keep_floor(done.tape, floor)

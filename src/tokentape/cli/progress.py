@@ -26,7 +26,7 @@ def counting(what: str, total: int | None = None) -> Iterator[Callable[[int, str
         with _bar(what, total) as tell:
             yield tell
     else:
-        yield _lines(what, total)
+        yield in_lines(what, total)
 
 
 @contextlib.contextmanager
@@ -60,7 +60,8 @@ def _bar(what: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
         yield lambda done, note: bar.update(task, completed=done, note=note)
 
 
-def _lines(what: str, total: int | None) -> Callable[[int, str], None]:
+def in_lines(what: str, total: int | None) -> Callable[[int, str], None]:
+    """A function as that of `counting`, which writes a line every LINE_EVERY_S."""
     next_s = time.monotonic() + LINE_EVERY_S
 
     def tell(done: int, note: str) -> None:
