@@ -1,19 +1,25 @@
 """The live view: drawn in a process of its own, true to its figures, and gone without a trace."""
 
+import contextlib
 import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from replay_server import engine_like, serve
 from tokentape.cli.panel import drawn
 from tokentape.replay import progress, verdict
 from tokentape.replay.progress import Progress, added
+from tokentape.traces.reader import open_tape
+from tokentape.traces.writer import TapeWriter
 
 TTFT = "gen_ai_server_time_to_first_token_seconds"
 SERVED = {
@@ -105,3 +111,37 @@ def test_the_terminal_gets_its_cursor_back_however_the_sender_ends(end: str) -> 
     sender.wait(20)
     assert b"100 of 400" in re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", seen)
     assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l")
+
+
+def test_ctrl_c_on_a_terminal_ends_the_panel_seals_the_tape_and_says_the_verdict(
+    tmp_path: Path,
+) -> None:
+    writer = TapeWriter.create(tmp_path / "s.tape", role="import", command=[], options={}, facts={})
+    for n in range(200):
+        row = {"request_id": n.to_bytes(16), "arrival_ns": n * 300_000_000, "outcome": "ok"}
+        writer.append(row | {"input_tokens": 20, "output_tokens": 5})
+    writer.close()
+    ours, theirs = pty.openpty()
+    with serve(engine_like) as server:
+        words = ["replay", str(tmp_path / "s.tape"), "--to", server.url]
+        words += ["--tape", str(tmp_path / "r.tape"), "--no-calibrate"]
+        running = subprocess.Popen(
+            [sys.executable, "-m", "tokentape", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            env=os.environ | {"TERM": "xterm-256color"},
+        )
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # all writers have gone: Linux says EIO
+            while data := os.read(ours, 65536):
+                if b"in flight" not in seen and b"in flight" in seen + data:
+                    running.send_signal(signal.SIGINT)
+                seen += data
+        os.close(ours)
+        said, _ = running.communicate(timeout=20)
+    assert running.returncode == 130
+    assert b"stopped early" in said and b"run: " in said
+    assert 0 < open_tape(tmp_path / "r.tape").rows < 200
+    assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l") and b"Traceback" not in seen
