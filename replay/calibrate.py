@@ -73,7 +73,7 @@ class Floor:
         load = f"{self.requests} requests, {self.events} events at {self.events_per_s:,.0f}/s"
         notes = f"  own CPU {100 * self.cpu_share:.0f} % of a core{steal}"
         if shared:
-            notes += f"; {100 * shared:.2f} % of events in shared reads"
+            notes += f"; at least {100 * shared:.2f} % of events in shared reads"
         if self.missing_events:
             notes += f"; {self.missing_events} events are missing"
         lines = [
