@@ -38,7 +38,7 @@ SHORT = ("low-78", "low-143")  # a chat reply and a completion of 0.3 s
 FOR_OPENAI = {*SHORT, "low-147", "low-91", "low-92", "low-95", "low-101", "low-105", "low-111"}
 FOR_OPENAI |= {"low-120", "low-2", "low-8"}
 AGREE_NS = 5_000_000  # at the 99th percentile
-TRIES = 3
+TRIES = 6
 ROUNDING_NS = 1_000  # off_us cuts a stamp to whole us
 TEXT, EMPTY = schema.TEXT, schema.EMPTY
 

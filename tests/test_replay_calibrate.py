@@ -75,6 +75,12 @@ def test_a_stream_that_the_tape_lacks_is_counted_as_missing(run: tuple[RunSummar
     assert floor(run, more).missing_events == 3
 
 
+def test_a_span_of_a_minute_is_cut_like_one_of_a_second(tmp_path: Path) -> None:
+    plan = plain_plan(tmp_path, 0.5, 900, 60 * NS_PER_S)
+    part = busiest(plan, "http://127.0.0.1:1", tmp_path / "t", 20 * NS_PER_S)
+    assert 9 <= len(part) <= 11
+
+
 def test_the_busiest_part_of_a_plan_is_what_is_sent(tmp_path: Path) -> None:
     plan = plain_plan(tmp_path, 10, 5, 4 * NS_PER_S)
     tokens = plan.source.output_tokens
@@ -86,6 +92,7 @@ def test_the_busiest_part_of_a_plan_is_what_is_sent(tmp_path: Path) -> None:
     assert part.options.headers == {} and part.options.key_env is None
 
 
+@pytest.mark.slow
 def test_a_shard_with_workers_is_calibrated_with_them_now_and_not_at_its_start(
     tmp_path: Path,
 ) -> None:

@@ -180,6 +180,7 @@ def test_ctrl_c_reaches_all_workers_and_each_seals(tmp_path: Path, source: Path)
     assert not tape.facts["run"]["complete"] and children(os.getpid()) == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_killed_at_the_third_signal_and_its_rows_are_kept(
     tmp_path: Path, source: Path
 ) -> None:
@@ -290,6 +291,7 @@ def test_a_worker_that_dies_before_the_start_ends_the_run_before_anything_is_sen
     assert children(os.getpid()) == []
 
 
+@pytest.mark.slow
 def test_shards_of_two_hosts_are_the_plan_at_one_instant(tmp_path: Path, source: Path) -> None:
     with serve() as server:
         run_plan(planned(source, server, tmp_path / "whole"))

@@ -284,6 +284,8 @@ def test_perfetto_draws_who_waited_for_whom(tmp_path: Path) -> None:
 
 def test_help_and_the_page_on_formats_name_every_export() -> None:
     text = read.export.__annotations__["form"].__metadata__[0].help
-    assert sorted(text.rstrip(".").split(", ")) == sorted(FORMATS)
+    formats, _, views = text.rstrip(".").partition("; ")
+    assert sorted(formats.split(", ")) == sorted(FORMATS)
+    assert views.startswith("sql:")  # no format of rows: the views themselves
     page = (Path(__file__).parents[1] / "docs/formats.md").read_text().partition("## Out")[2]
     assert all(f"`{name}`" in page for name in FORMATS)
