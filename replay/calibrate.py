@@ -154,7 +154,7 @@ def busiest(plan: Plan, url: str, tape: Path, span_ns: int) -> Plan:
     stop = int(ends[start])
     index = schedule.source_index[start:stop]
     due = due[start:stop] - due[start]
-    lasting = FIRST_NS + np.minimum(span_ns, GAP_NS * source.output_tokens[index])
+    lasting = FIRST_NS + np.minimum(span_ns, GAP_NS * source.output_tokens[index].astype(np.int64))
     part = replace(
         schedule,
         due_ns=due,
