@@ -22,7 +22,10 @@ step() { # step NAME COMMAND...: once
   shift
   [ -e "$work/done/$name" ] && return
   echo "== $name: $*" >&2
-  "$@"
+  "$@" || { # said here: a caller may not stop at it
+    echo "first_contact.sh: $name failed, see $work/*.err" >&2
+    return 1
+  }
   touch "$work/done/$name"
 }
 
@@ -52,10 +55,12 @@ capture() {
   local capture_pid=$!
   until curl -s -o /dev/null "http://$proxy/health"; do kill -0 "$capture_pid" && sleep 0.2; done
   watch_proxy "$capture_pid" &
-  step send-a send "$1" clients-a "${WINDOW_A:-0s..180s}"
-  step send-b send "$2" clients-b "${WINDOW_B:-0s..60s}"
+  local code=0
+  step send-a send "$1" clients-a "${WINDOW_A:-0s..180s}" || code=$?
+  step send-b send "$2" clients-b "${WINDOW_B:-0s..60s}" || code=$?
   kill -TERM "$capture_pid"
-  wait "$capture_pid"
+  wait "$capture_pid" || code=$?
+  return "$code"
 }
 
 replay() {
