@@ -6,7 +6,6 @@ of a few row groups. `ReadAhead` reads in a thread: a segment's bytes must not s
 """
 
 import contextlib
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,7 +28,6 @@ COPIED = (*SESSION, *BLOCK, "block_hashes")
 GROUPS_KEPT = 4  # where rows are asked for in no known order
 OPEN_FILES = 4
 LOOK_AHEAD = 8_000  # requests: two row groups of the size that a tape is written with
-NICER = 5  # than the event loop, for the thread that reads
 
 Positions = NDArray[np.int32]
 
@@ -234,7 +232,7 @@ class ReadAhead:
         self._rows.keep(GROUPS_KEPT)
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICER)  # of this thread alone
+        # Not niced: whoever holds the interpreter's lock and is not run stops the event loop with it.
         while not self._ended:
             self._wake.wait()
             self._wake.clear()
