@@ -232,7 +232,7 @@ class ReadAhead:
         self._rows.keep(GROUPS_KEPT)
 
     def _run(self) -> None:
-        # Not niced: whoever holds the interpreter's lock and is not run stops the event loop with it.
+        # Not niced: while it holds the interpreter's lock and is not run, the event loop waits.
         while not self._ended:
             self._wake.wait()
             self._wake.clear()
