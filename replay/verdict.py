@@ -285,7 +285,8 @@ def _judge_stamps(verdict: Verdict, table: pa.Table, tape: Tape) -> None:
         verdict.judge(
             lag / gap,
             ARRIVAL_LAG_OF_GAP,
-            f"reads waited up to {_ms(lag)} (p99), events came each {_ms(gap)}: some may share a stamp",
+            f"reads waited up to {_ms(lag)} (p99), events came each {_ms(gap)}: "
+            "some may share a stamp",
         )
     if found["wall_stepped_ns"] > 0:
         moved = _ms(found["wall_moved_ns"])
