@@ -355,7 +355,7 @@ FAULTS = {  # fault: outcome, parse_status, events
     "not-json": ("ok", "unknown_format", 0),
     "stall 5": ("client_abort", "partial", 5),
     "no-done": ("ok", "ok", 18),
-    "gzip": ("ok", "encoded", 0),
+    "gzip": ("ok", "ok", 18),
 }
 
 

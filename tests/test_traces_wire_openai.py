@@ -701,13 +701,6 @@ def test_an_error_page_answers_a_streamed_request() -> None:
     }
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd", "GZIP"])
-def test_an_encoded_body_is_counted_and_not_read(encoding: str) -> None:
-    reply = read([b"\x1f\x8b", b"abc"], encoding=encoding)
-    assert reply.columns == {"parse_status": "encoded", "response_bytes": 5}
-    assert reply.first_content_ns is None
-
-
 def test_identity_is_no_encoding() -> None:
     assert read(VLLM, encoding="identity").columns["parse_status"] == "ok"
 

@@ -21,6 +21,7 @@ from tokentape.traces.privacy import Privacy
 from tokentape.traces.retry_after import retry_after_s
 from tokentape.traces.schema import INSTANTS, INTEGER_BOUNDS, allowed
 from tokentape.traces.wire import Reply, ReplyParser, read_request, wire_format
+from tokentape.traces.wire.encoding import CODINGS, coding_of, decoded
 from tokentape.traces.wire.reply import StreamParser
 
 MAX_EVENTS = 1 << 20  # of one request, those beyond are counted: 5 hours at 50 tokens a second
@@ -28,7 +29,6 @@ MAX_BODIES_BYTES = 256 << 20  # of all requests together that wait to be parsed
 CREDENTIALS = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
 MAX_ENDPOINT_CHARS = 256
 METHODS = (b"GET", b"HEAD", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"CONNECT", b"TRACE")
-ENCODINGS = ("gzip", "br", "zstd", "deflate", "identity")
 # Columns that this process made itself, which a row keeps whatever else was wrong with it.
 _ALWAYS_SOUND = frozenset(
     {"request_id", "arrival_ns", "send_ns", "host", "worker", "outcome", "parse_status", "end_ns"}
@@ -148,6 +148,8 @@ class Assembler:
         """Pieces were dropped here: neither a body nor a reply with a hole is believed."""
         if request.parser is None:
             self._give_up_body(request)
+        elif request.parser.decoder is not None:
+            request.parser.decoder.lose_place()
         if request.framing is not None:
             request.framing.lose_place()
         request.row["parse_status"] = "partial"
@@ -159,6 +161,7 @@ class Assembler:
         request = OpenRequest(row)
         if head is not None:
             row.update(self._head_columns(*head))
+            request.coding = coding_of(_coding(head[2]) or "")
         else:
             request.body = None
         self.open[stream] = request
@@ -207,7 +210,12 @@ class Assembler:
             body = bytearray()  # given up
         else:
             return
-        if body:
+        trouble = None
+        if body and request.coding:
+            body, trouble = decoded(body, request.coding, MAX_BODY_BYTES)
+        if trouble is not None:
+            columns["parse_status"] = trouble
+        elif body:
             facts = read_request(request.row["endpoint"], body)
             columns |= facts.columns | self._privacy.blocks(facts.prompt)
         request.row.update(columns)
@@ -216,13 +224,10 @@ class Assembler:
     def _reply_head(self, stream: int, request: OpenRequest, t_ns: int, payload: bytes) -> None:
         status, headers = _decode(payload)
         found = {name.lower(): value.decode("latin-1") for name, value in headers}
-        encoding = found.get(b"content-encoding")
-        if encoding is not None and encoding not in ENCODINGS:
-            encoding = "other"
         columns = {
             "response_headers_ns": t_ns,
             "http_status": status,
-            "content_encoding": encoding,
+            "content_encoding": _coding(headers),
         }
         if b"retry-after" in found:
             columns["retry_after_s"] = retry_after_s(found)
@@ -365,12 +370,24 @@ class Assembler:
         return seen
 
 
+def _coding(headers: list[Any]) -> str | None:
+    """The coding of a body: a word of a closed list; None where no header tells it."""
+    told = [value.decode("latin-1") for key, value in headers if key.lower() == b"content-encoding"]
+    if not told:
+        return None
+    coding = coding_of(",".join(told))
+    return coding if coding in CODINGS else "other" if coding else "identity"
+
+
 def _merge_reply(row: dict[str, Any], reply: Reply, *, streamed: bool) -> None:
     """The parsed reply's columns, and the outcome that only the body can tell.
 
     A reply that was not read as a stream has NULL event lists: whole, encoded or unknown.
     """
+    told = row.get("parse_status")  # what speaks against the request
     row.update({name: value for name, value in reply.columns.items() if value is not None})
+    if told is not None and row["parse_status"] == "ok":
+        row["parse_status"] = told
     if row["outcome"] == "client_abort" and reply.done:  # it had all; many hang up at [DONE]
         row["outcome"] = "ok"
     if row["outcome"] == "ok":

@@ -34,6 +34,7 @@ class State(msgspec.Struct, array_like=True, gc=False):
     missed: int
     parse_status: str | None
     progress: Progress | None  # of a reply that is read as a stream
+    coding: str = ""  # of the request's body
 
 
 @dataclass
@@ -52,6 +53,7 @@ class OpenRequest:
         "beyond",
         "body",
         "body_bytes",
+        "coding",
         "framing",
         "journaled",
         "lag_max_us",
@@ -70,6 +72,7 @@ class OpenRequest:
         self.row = row
         self.body: bytearray | None = bytearray()
         self.body_bytes = 0
+        self.coding = ""  # content-encoding of the request's body
         self.media: str | None = None
         self.parser: ReplyParser | None = None
         self.read = 0
@@ -119,6 +122,7 @@ class OpenRequest:
             self.missed,
             self.row.get("parse_status"),
             self.parser.progress if isinstance(self.parser, StreamParser) else None,
+            self.coding,
         )
 
     @classmethod
@@ -135,6 +139,7 @@ class OpenRequest:
         request.body_bytes, request.reply_bytes = state.body_bytes, state.reply_bytes
         request.lag_max_us, request.stamps_missing = state.lag_max_us, state.stamps_missing
         request.beyond, request.missed = state.beyond, state.missed
+        request.coding = state.coding
         if state.parse_status is not None:
             request.row["parse_status"] = state.parse_status
         if not state.reads_body or state.body_bytes:
@@ -150,15 +155,18 @@ class OpenRequest:
     def _resume_reply(self, state: State, events: list[Any] | None, offset_ns: int) -> None:
         self.read_reply_as(state.media or "")
         row, parser = self.row, self.parser
-        encoded = row.get("content_encoding") not in (None, "identity")
-        if isinstance(parser, StreamParser) and state.progress is not None and not encoded:
+        if isinstance(parser, StreamParser) and state.progress is not None:
             arrays = list(events or [[]] * 6)
             for at in (0, 4):  # times, and those of messages that are no events
                 arrays[at] = [t_ns - offset_ns for t_ns in arrays[at]]
             parser.resume(state.progress, arrays, self.reply_bytes)
             parser.facts.model, parser.facts.response_id = row.get("model"), row.get("response_id")
             self.read, self.last_ns = parser.events.read, max([0, *arrays[0], *arrays[4]])
-            self.missed += state.progress.held or state.place == LOST_PLACE
+            lost = state.progress.held or state.place == LOST_PLACE
+            if parser.decoder is not None and self.reply_bytes:  # its window held text
+                parser.decoder.lose_place()
+                lost = lost or not state.progress.end_mark
+            self.missed += lost
         elif self.reply_bytes and not isinstance(parser, UnreadParser):
             self.parser = UnreadParser(row.get("http_status") or 0, "partial")
         if isinstance(self.parser, UnreadParser):

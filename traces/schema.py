@@ -261,7 +261,7 @@ def _columns() -> Iterable[Column]:
         "finish_reason", pa.list_(text), "one per choice", otel="gen_ai.response.finish_reasons"
     )
     yield c("error_type", text, "class of the error, never its text", otel="error.type")
-    yield c("parse_status", text, "ok, partial, truncated, encoded, unknown_format, error")
+    yield c("parse_status", text, "ok, partial, truncated (too large, or a bomb), encoded (unknown coding), unknown_format, error")
     yield c(
         "response_id",
         text,

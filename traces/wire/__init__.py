@@ -7,6 +7,7 @@ let text through.
 """
 
 from tokentape.traces.wire.dialects import DIALECTS, UNKNOWN, route_of
+from tokentape.traces.wire.encoding import CODINGS, Decoder, coding_of
 from tokentape.traces.wire.reply import Reply, ReplyParser, UnreadParser
 from tokentape.traces.wire.request import Prompt, RequestFacts
 
@@ -49,8 +50,16 @@ def reply_parser(
     Args: stream: the request asked for one; the reply's content type decides where it tells,
     since servers answer a streamed request with a whole error. status: HTTP status.
     """
-    if content_encoding.strip().lower() not in ("", "identity"):
+    coding = coding_of(content_encoding)
+    if coding and coding not in CODINGS:
         return UnreadParser(status, "encoded")
+    parser = _parser(wire_format, stream, status, content_type)
+    if coding:
+        parser.decoder = Decoder(coding)
+    return parser
+
+
+def _parser(wire_format: str, stream: bool, status: int, content_type: str) -> ReplyParser:
     dialect = DIALECTS.get(wire_format)
     if dialect is None:
         return UnreadParser(status, "unknown_format")

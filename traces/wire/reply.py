@@ -7,6 +7,7 @@ what a server sent, and no text of a reply is kept in any column.
 
 from abc import ABC, abstractmethod
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -14,6 +15,7 @@ import msgspec
 
 from tokentape.traces import schema
 from tokentape.traces.wire import untrusted
+from tokentape.traces.wire.encoding import Decoder
 from tokentape.traces.wire.events import Events
 from tokentape.traces.wire.sse import Message
 from tokentape.traces.wire.tokens import Candidate
@@ -101,7 +103,8 @@ class ReplyParser(ABC):
         self.t_ns, self.ntok = self.events.t_ns, self.events.ntok
         self.cls, self.choice = self.events.cls, self.events.choice
         self.aux_t_ns, self.aux_cls = self.events.aux_t_ns, self.events.aux_cls
-        self.body_bytes = 0
+        self.body_bytes = 0  # as they came, compressed or not
+        self.decoder: Decoder | None = None  # of a compressed body
         self.facts = Facts()
         self._http_status = http_status
 
@@ -112,6 +115,14 @@ class ReplyParser(ABC):
     @abstractmethod
     def finish(self, t_ns: int, complete: bool) -> Reply:
         """The reply as far as it came; complete=False says that it was cut. Call it once."""
+
+    def _decoded(self, data: bytes) -> Iterable[bytes]:
+        """The body bytes that these stand for."""
+        return (data,) if self.decoder is None else self.decoder.feed(data)
+
+    def _whole(self, complete: bool) -> bool:
+        """Whether nothing is missing at the body's end."""
+        return complete and (self.decoder is None or self.decoder.complete)
 
     def _columns(self, parse_status: str) -> dict[str, Any]:
         facts = self.facts
@@ -213,10 +224,12 @@ class StreamParser(ReplyParser):
         self.body_bytes += len(data)
         events = self.events
         events.now_ns, events.read = t_ns, read
-        for name, payload in self._framing.feed(data):
-            self._take(name, payload)
+        for piece in self._decoded(data):
+            for name, payload in self._framing.feed(piece):
+                self._take(name, payload)
 
     def finish(self, t_ns: int, complete: bool) -> Reply:
+        complete = self._whole(complete)
         nonsense = self._nonsense
         for name, payload in self._framing.flush():
             if complete or payload or name is None:
@@ -248,6 +261,8 @@ class StreamParser(ReplyParser):
     def _parse_status(self, complete: bool) -> str:
         if self._given_up:
             return "truncated"
+        if self.decoder is not None and self.decoder.trouble:
+            return self.decoder.trouble
         if not self._understood and (self._nonsense or complete):
             return "unknown_format"
         if self._nonsense:
@@ -291,6 +306,7 @@ class WholeParser(ReplyParser):
     def __init__(self, http_status: int) -> None:
         super().__init__(http_status)
         self._kept = bytearray()
+        self._size = 0
 
     @abstractmethod
     def _body(self, data: bytes) -> bool:
@@ -298,13 +314,18 @@ class WholeParser(ReplyParser):
 
     def feed(self, data: bytes, t_ns: int, read: int) -> None:
         self.body_bytes += len(data)
-        if self.body_bytes <= WHOLE_LIMIT:
-            self._kept += data
-        else:
-            self._kept.clear()
+        for piece in self._decoded(data):
+            self._size += len(piece)
+            if self._size <= WHOLE_LIMIT:
+                self._kept += piece
+            else:
+                self._kept.clear()
 
     def finish(self, t_ns: int, complete: bool) -> Reply:
-        status = "truncated" if self.body_bytes > WHOLE_LIMIT else self._read(complete)
+        trouble = None if self.decoder is None else self.decoder.trouble
+        if self._size > WHOLE_LIMIT:
+            trouble = "truncated"
+        status = trouble or self._read(self._whole(complete))
         columns = self._columns(status)
         counts = self.facts.counts
         if "output_tokens" in counts:
@@ -326,7 +347,7 @@ class WholeParser(ReplyParser):
 
 
 class UnreadParser(ReplyParser):
-    """A reply that is not read: an unknown dialect, or an encoded body."""
+    """A reply that is not read: an unknown dialect, or an unknown coding of its body."""
 
     def __init__(self, http_status: int, parse_status: str) -> None:
         super().__init__(http_status)
