@@ -12,7 +12,7 @@ import pyarrow as pa
 from tokentape.traces import schema, wire
 from tokentape.traces.wire.reply import Reply
 
-SSE, JSON = "text/event-stream", "application/json"
+SSE, JSON, NDJSON = "text/event-stream", "application/json", "application/x-ndjson"
 
 
 class Sample(NamedTuple):
@@ -260,9 +260,97 @@ SGLANG = Sample(
     [schema.TEXT, schema.TEXT, schema.EMPTY, schema.TEXT],
 )
 
+
+def gemini(parts: list[dict[str, Any]], usage: dict[str, int], finish: str = "") -> dict[str, Any]:
+    """A message of streamGenerateContent."""
+    candidate: dict[str, Any] = {"content": {"parts": parts, "role": "model"}, "index": 0}
+    if finish:
+        candidate["finishReason"] = finish
+    return {
+        "candidates": [candidate],
+        "usageMetadata": {"promptTokenCount": 40, **usage},
+        "modelVersion": "gemini-x",
+        "responseId": "r-1",
+    }
+
+
+GEMINI_MESSAGES = [
+    gemini([{"text": "let me see", "thought": True}], {"thoughtsTokenCount": 6}),
+    gemini([{"text": "Grüße 😀"}], {"thoughtsTokenCount": 6, "candidatesTokenCount": 3}),
+    gemini([{"text": ' a "quoted\\" {b'}], {"thoughtsTokenCount": 6, "candidatesTokenCount": 9}),
+    gemini(
+        [{"functionCall": {"name": "get", "args": {"city": "Zürich"}}, "thoughtSignature": "RXFv"}],
+        {
+            "thoughtsTokenCount": 6,
+            "candidatesTokenCount": 15,
+            "cachedContentTokenCount": 32,
+            "totalTokenCount": 61,
+        },
+        "STOP",
+    ),
+]
+_GEMINI_EVENTS = [schema.REASONING, schema.TEXT, schema.TEXT, schema.TOOL]
+GEMINI = Sample("gemini", [sse(message) for message in GEMINI_MESSAGES], _GEMINI_EVENTS)
+
+
+def array_of(messages: list[Any]) -> list[bytes]:
+    """One growing JSON array, as Google's servers indent it."""
+    texts = [json.dumps(m, indent=2, ensure_ascii=False).encode() for m in messages]
+    return [(b"[" if n == 0 else b",\r\n") + text for n, text in enumerate(texts)] + [b"]\n"]
+
+
+GEMINI_ARRAY = Sample("gemini", array_of(GEMINI_MESSAGES), _GEMINI_EVENTS, JSON)
+
+
+def line(**value: Any) -> bytes:
+    """A line of Ollama."""
+    told = {"model": "gemma", "created_at": "2026-10-26T17:15:24.097767Z", "done": False, **value}
+    return json.dumps(told, ensure_ascii=False).encode() + b"\n"
+
+
+OLLAMA_END: dict[str, Any] = {
+    "done": True,
+    "done_reason": "stop",
+    "total_duration": 9_000_000_000,
+    "load_duration": 2_000_000_000,
+    "prompt_eval_count": 26,
+    "prompt_eval_cached_count": 16,
+    "prompt_eval_duration": 130_079_000,
+    "eval_count": 7,
+    "eval_duration": 1_504_000_000,
+}
+_CALL_OF = {"function": {"name": "get", "arguments": {"city": "Zürich"}}}
+OLLAMA_CHAT = Sample(
+    "ollama.chat",
+    [
+        line(message={"role": "assistant", "content": "", "thinking": "let me see"}),
+        line(message={"role": "assistant", "content": "Grüße 😀"}),
+        line(message={"role": "assistant", "content": " more"}),
+        line(message={"role": "assistant", "content": "", "tool_calls": [_CALL_OF]}),
+        line(message={"role": "assistant", "content": ""}, **OLLAMA_END),
+    ],
+    [schema.REASONING, schema.TEXT, schema.TEXT, schema.TOOL, schema.EMPTY],
+    NDJSON,
+)
+OLLAMA_GENERATE = Sample(
+    "ollama.generate",
+    [
+        line(response="", thinking="let me see"),
+        line(response="Grüße 😀"),
+        line(response=" more"),
+        line(response="", context=[1, 2, 3], **OLLAMA_END),
+    ],
+    [schema.REASONING, schema.TEXT, schema.TEXT, schema.EMPTY],  # the end stands for a token
+    NDJSON,
+)
+
 SAMPLES = {
     "openai": OPENAI,
     "responses": RESPONSES,
     "anthropic": ANTHROPIC,
     "sglang": SGLANG,
+    "gemini": GEMINI,
+    "gemini array": GEMINI_ARRAY,
+    "ollama chat": OLLAMA_CHAT,
+    "ollama generate": OLLAMA_GENERATE,
 }

@@ -67,7 +67,7 @@ def _parser(wire_format: str, stream: bool, status: int, content_type: str) -> R
         return dialect.whole(status)
     kind = content_type.partition(";")[0].strip().lower()
     framing = dialect.framings.get(kind)
-    json = kind.endswith("json")
+    json = kind.endswith("json") and not kind.endswith("ndjson")
     if framing is not None and not (json and (not stream or status >= 400)):
         return dialect.stream(status, framing())
     if json or not stream or status >= 400:

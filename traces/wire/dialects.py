@@ -7,18 +7,25 @@ from tokentape.traces.wire import (
     anthropic,
     anthropic_request,
     embeddings,
+    gemini,
+    gemini_request,
+    ollama,
+    ollama_request,
     openai,
     openai_request,
     responses,
     responses_request,
     sglang,
 )
+from tokentape.traces.wire.json_array import JsonArrayReader
+from tokentape.traces.wire.lines import LineReader
 from tokentape.traces.wire.reply import Framing, StreamParser, WholeParser
 from tokentape.traces.wire.request import RequestFacts
 from tokentape.traces.wire.sse import SseReader
 
 UNKNOWN: Final = "unknown"
 _SSE: Final[Mapping[str, Callable[[], Framing]]] = {"text/event-stream": SseReader}
+_NDJSON: Final[Mapping[str, Callable[[], Framing]]] = {"application/x-ndjson": LineReader}
 
 
 class Dialect(NamedTuple):
@@ -36,10 +43,11 @@ class Route(NamedTuple):
     path_end: str
     dialect: str
     operation: str
+    told_by_path: Callable[[str], dict[str, Any]] | None = None
 
     def told(self, endpoint: str) -> dict[str, Any]:
         """Columns that the path tells, whatever the body says."""
-        return {}
+        return self.told_by_path(endpoint) if self.told_by_path else {}
 
 
 DIALECTS: Final = {
@@ -52,6 +60,14 @@ DIALECTS: Final = {
     "rerank": Dialect(embeddings.read_rerank, None, embeddings.Whole),
     "sglang": Dialect(sglang.read_generate, sglang.Stream, sglang.Whole),
     "anthropic": Dialect(anthropic_request.read_messages, anthropic.Stream, anthropic.Whole),
+    "gemini": Dialect(
+        gemini_request.read_generate_content,
+        gemini.Stream,
+        gemini.Whole,
+        {**_SSE, "application/json": JsonArrayReader},
+    ),
+    "ollama.chat": Dialect(ollama_request.read_chat, ollama.Stream, ollama.Whole, _NDJSON),
+    "ollama.generate": Dialect(ollama_request.read_generate, ollama.Stream, ollama.Whole, _NDJSON),
 }
 # The first whose end fits is taken.
 _ROUTES: Final = (
@@ -60,6 +76,10 @@ _ROUTES: Final = (
     Route("/responses", "openai.responses", "chat"),
     Route("/embeddings", "openai.embeddings", "embeddings"),
     Route("/rerank", "rerank", "rerank"),
+    Route("/api/chat", "ollama.chat", "chat"),
+    Route("/api/generate", "ollama.generate", "text_completion"),
+    Route(":generateContent", "gemini", "chat", gemini_request.told_by_path),
+    Route(":streamGenerateContent", "gemini", "chat", gemini_request.told_by_path),
     Route("/generate", "sglang", "text_completion"),
     Route("/v1/messages", "anthropic", "chat"),
 )
