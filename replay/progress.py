@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 OUTCOMES = "tokentape_requests_total"
 FAILED_SHARE = 0.01  # as in the verdict
 LATE_SHARE = 0.01  # the verdict's p99
+WATCHED = {
+    "TTFT": "server_time_to_first_token",  # from arrival
+    "TPOT": "server_time_per_output_token",
+    "ICL": "client_operation_time_per_output_chunk",  # ITL, where an event is one token
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Progress:
         return max(0.0, self.span_s - self.elapsed_s)
 
     def mean_s(self, what: str) -> float | None:
-        """Mean so far of `time_to_first_token` (from arrival) or `time_per_output_token`."""
-        name = f"gen_ai_server_{what}_seconds_"
+        """Mean so far of one of `WATCHED`, in seconds."""
+        name = f"gen_ai_{WATCHED[what]}_seconds_"
         total, count = (
             sum(v for n, v in self.served.items() if n.startswith(name + part))
             for part in ("sum", "count")
@@ -41,7 +46,7 @@ class Progress:
 
     def at_most_s(self, what: str, q: float) -> float | None:
         """Bound of the histogram bucket that holds a quantile; None beyond the last, or of none."""
-        name = f"gen_ai_server_{what}_seconds_bucket"
+        name = f"gen_ai_{WATCHED[what]}_seconds_bucket"
         up_to: dict[float, float] = {}
         for series, count in self.served.items():
             if series.startswith(name):

@@ -27,6 +27,7 @@ SLICE_ERROR = (0.05, 0.25)  # the same in the worst slice: a minute behind must 
 STALL_P99_NS = (5 * NS_PER_MS, 50 * NS_PER_MS)  # lateness of own ticks, where user stamps share it
 KERNEL_STALL_P99_NS = (50 * NS_PER_MS, 500 * NS_PER_MS)  # kernel stamps do not: sends still do
 ARRIVAL_LAG_OF_GAP = (0.5, 2.0)  # worst read of a row, p99: a second event may be in it by then
+FEW_SHARED = 0.001  # of events: kernel stamps that share no read are right, however late it was
 COALESCED_SHARE = (0.05, 1.0)  # events that share a read, at least; may be the server's
 LENGTH_MISSED = (0.01, 0.10)  # requests whose token counts are not the planned ones
 FAILED_SHARE = (0.01, 0.50)  # beyond one in two the load was another one
@@ -281,7 +282,8 @@ def _judge_stamps(verdict: Verdict, table: pa.Table, tape: Tape) -> None:
         COALESCED_SHARE,
         f"at least {100 * (share or 0):.1f} % of the events shared a socket read",
     )
-    if lag is not None and gap:
+    alone = found["event_clock"] == "kernel" and (share or 0) <= FEW_SHARED
+    if lag is not None and gap and not alone:
         verdict.judge(
             lag / gap,
             ARRIVAL_LAG_OF_GAP,

@@ -68,9 +68,9 @@ def test_a_run_without_trouble_is_said_to_have_none() -> None:
 
 def test_a_quantile_is_the_bound_of_its_bucket() -> None:
     now = state()
-    bounds = [now.at_most_s("time_to_first_token", q) for q in (0.5, 0.6, 0.61, 0.98, 0.99)]
+    bounds = [now.at_most_s("TTFT", q) for q in (0.5, 0.6, 0.61, 0.98, 0.99)]
     assert bounds == [0.1, 0.1, 0.2, 0.2, None]
-    assert now.at_most_s("time_per_output_token", 0.5) is None
+    assert now.at_most_s("TPOT", 0.5) is None
 
 
 def test_what_several_workers_say_is_added_up_by_cause() -> None:

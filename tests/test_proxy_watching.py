@@ -88,6 +88,14 @@ def test_prometheus_sees_requests_tokens_and_times_as_the_tape_has_them(tmp_path
         assert sum(v for _, v in counts) == 6, name
         assert {labels["gen_ai_response_model"] for labels, _ in counts} == {"m"}
     first = [r["first_content_ns"] - r["arrival_ns"] for r in proxy.rows()]
+    gaps = "gen_ai_client_operation_time_per_output_chunk_seconds"
+    rows = [r["off_us"] for r in proxy.rows()]
+    assert sum(v for _, v in found[f"{gaps}_count"]) == sum(len(r) - 1 for r in rows)
+    ends = [v for labels, v in found[f"{gaps}_bucket"] if labels["le"] == "+Inf"]
+    assert sum(ends) == 12
+    assert sum(v for _, v in found[f"{gaps}_sum"]) == pytest.approx(
+        sum(r[-1] - r[0] for r in rows) / 1e6
+    )
     told = sum(v for _, v in found["gen_ai_server_time_to_first_token_seconds_sum"])
     assert told == pytest.approx(sum(first) / 1e9, rel=1e-6)
 

@@ -286,10 +286,16 @@ def test_a_run_tells_what_is_left_and_the_mean_times_of_replies_so_far(tmp_path:
         run_plan(plan, states.append)
     assert states[0].left_s == pytest.approx(3.5 - states[0].elapsed_s)
     assert states[-1].left_s <= states[0].left_s
-    told = [s for s in states if s.mean_s("time_to_first_token") is not None]
+    told = [s for s in states if s.mean_s("TTFT") is not None]
     assert told
-    per_token_s = told[-1].mean_s("time_per_output_token")
+    per_token_s, per_event_s = told[-1].mean_s("TPOT"), told[-1].mean_s("ICL")
     assert per_token_s is not None and 0.02 <= per_token_s < 0.5
+    assert per_event_s == pytest.approx(per_token_s, rel=0.01)  # here each event is one token
     line = standing(told[-1])
-    assert "in flight, mean TTFT" in line and "mean TPOT" in line and "worst" in line
+    assert (
+        "in flight, mean TTFT" in line
+        and "mean TPOT" in line
+        and "mean ICL" in line
+        and "worst" in line
+    )
     assert "s to send" in standing(states[0])

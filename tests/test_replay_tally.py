@@ -49,5 +49,5 @@ def test_progress_of_several_is_added_up_and_means_are_those_of_all() -> None:
     both = added([one, other])
     assert (both.total, both.sent, both.done, both.in_flight, both.late) == (30, 11, 7, 4, 2)
     assert (both.elapsed_s, both.worst_late_ms, both.span_s) == (3.5, 9.5, 9.0)
-    assert both.mean_s("time_per_output_token") == 0.2
+    assert both.mean_s("TPOT") == 0.2
     assert added([one]) == one

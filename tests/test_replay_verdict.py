@@ -209,13 +209,23 @@ def test_kernel_stamps_are_believed_when_the_loop_stalled_and_callback_stamps_ar
     assert gone.level == "suspect"
 
 
-@pytest.mark.parametrize(("lag_us", "level"), [(4_000, "valid"), (6_000, "suspect")])
-def test_reads_that_waited_half_a_gap_are_suspect(tmp_path: Path, lag_us: int, level: str) -> None:
-    def streaming(_: int, row: dict[str, Any]) -> dict[str, Any]:
+@pytest.mark.parametrize(
+    ("lag_us", "clock", "shared", "level"),
+    [
+        (4_000, "callback", 0, "valid"),
+        (6_000, "callback", 0, "suspect"),
+        (6_000, "kernel", 0, "valid"),  # each event has a read, and so a stamp, of its own
+        (6_000, "kernel", 1, "suspect"),
+    ],
+)
+def test_reads_that_waited_half_a_gap_are_suspect_where_stamps_can_be_shared(
+    tmp_path: Path, lag_us: int, clock: str, shared: int, level: str
+) -> None:
+    def streaming(n: int, row: dict[str, Any]) -> dict[str, Any]:
         off_us = [50_000 + 10_000 * i for i in range(10)]
         last = row["first_content_ns"] + 90 * MS
         more = {"off_us": off_us, "last_content_ns": last, "lag_max_us": lag_us}
-        return row | more | {"event_clock": "kernel"}
+        return row | more | {"event_clock": clock, "coalesced_reads": shared * (n % 100 == 0)}
 
     verdict = judged(tmp_path / "t", streaming)
     assert verdict.figures["event_gap_p50_ns"] == 10 * MS

@@ -8,6 +8,8 @@ import json
 from bisect import bisect_left
 from typing import Any
 
+import numpy as np
+
 MAX_MODELS = 5  # further ones are counted as "other": a label must not grow without end
 DURATION_BUCKETS = (
     *(0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
@@ -17,7 +19,9 @@ _BUCKETS = {
     "gen_ai_server_request_duration_seconds": DURATION_BUCKETS,
     "gen_ai_server_time_to_first_token_seconds": DURATION_BUCKETS,
     "gen_ai_server_time_per_output_token_seconds": TOKEN_TIME_BUCKETS,
+    "gen_ai_client_operation_time_per_output_chunk_seconds": TOKEN_TIME_BUCKETS,
 }
+_CHUNK_BUCKETS_US = np.rint(np.array(TOKEN_TIME_BUCKETS) * 1e6).astype(np.int64)
 
 
 class Served:
@@ -52,6 +56,8 @@ class Served:
             if tokens > 1 and last is not None:
                 name = "gen_ai_server_time_per_output_token_seconds"
                 self._observe(name, labels, (last - first) / (tokens - 1))
+        if row.get("off_us") is not None and row.get("choice") is None:
+            self._observe_gaps(labels, np.asarray(row["off_us"]), np.asarray(row["ntok"]))
 
     def _model(self, name: str) -> str:
         if len(self._models) < MAX_MODELS:
@@ -68,6 +74,19 @@ class Served:
         found = self._histograms.setdefault(key, [0.0] * (len(buckets) + 2))  # counts, +Inf, sum
         found[bisect_left(buckets, value_ns / 1e9)] += 1
         found[-1] += value_ns / 1e9
+
+    def _observe_gaps(self, labels: dict[str, str], off_us: Any, ntok: Any) -> None:
+        """The gaps between the events of one choice that carry tokens: the ICL of METRICS.md."""
+        gaps_us = np.diff(off_us[ntok > 0].astype(np.int64))
+        if not len(gaps_us):
+            return
+        name = "gen_ai_client_operation_time_per_output_chunk_seconds"
+        places = np.searchsorted(_CHUNK_BUCKETS_US, gaps_us)
+        key = (name, json.dumps(labels))
+        found = self._histograms.setdefault(key, [0.0] * (len(_CHUNK_BUCKETS_US) + 2))
+        for place, n in enumerate(np.bincount(places).tolist()):
+            found[place] += n
+        found[-1] += int(gaps_us.sum()) / 1e6
 
     def samples(self) -> dict[str, float]:
         """Everything so far; histograms as Prometheus writes them, cumulative."""

@@ -257,9 +257,8 @@ def standing(now: "Progress") -> str:
     """How a run stands, on one line: plan, load, replies so far, own punctuality."""
     words = [f"{now.left_s:.0f} s to send" if now.left_s else "all sent"]
     words.append(f"{now.in_flight} in flight")
-    for name, what in (("TTFT", "time_to_first_token"), ("TPOT", "time_per_output_token")):
-        if (mean_s := now.mean_s(what)) is not None:
-            words.append(f"mean {name} {1000 * mean_s:.1f} ms")
+    means = ((name, now.mean_s(name)) for name in ("TTFT", "TPOT", "ICL"))
+    words += [f"mean {name} {1000 * mean_s:.1f} ms" for name, mean_s in means if mean_s is not None]
     words.append(f"{now.late} late by over 1 ms, worst {now.worst_late_ms:.1f} ms")
     return ", ".join(words)
 

@@ -61,14 +61,15 @@ def drawn(now: "Progress") -> "Panel":
     from rich.panel import Panel
     from rich.table import Table
 
+    from tokentape.replay.progress import WATCHED
+
     share = now.done / now.total if now.total else 0.0
     full = round(BAR_CELLS * share)
     rows = [
         ("done", f"{'█' * full}{'░' * (BAR_CELLS - full)} {now.done:,} of {now.total:,}"),
         ("to send", f"{_clock(now.left_s)} of {_clock(now.span_s)}" if now.left_s else "all sent"),
         ("in flight", f"{now.in_flight:,}"),
-        ("TTFT", _latency(now, "time_to_first_token")),
-        ("TPOT", _latency(now, "time_per_output_token")),
+        *((name, _latency(now, name)) for name in WATCHED),
         ("late", _late(now)),
         ("so far", "; ".join(now.doubts()) or "nothing speaks against this run"),
     ]
