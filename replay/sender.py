@@ -260,7 +260,8 @@ class Sender:
         if not self._armed:
             self._arm()
         armed = self._armed.popleft()
-        if armed.task.done():  # its connection went away before anything was sent
+        while armed.task.done() or armed.body.stale:  # its connection went away, nothing was sent
+            armed.task.cancel()
             armed = self._launch(armed.outgoing, armed.due_ns)
         armed.body.release()
         if not armed.task.done():

@@ -43,6 +43,8 @@ NO_REPLY = (aiohttp.ClientError, OSError)  # what a failed request raises
 SKIPPED_HEADERS = ("Accept-Encoding", "User-Agent")  # a compressed reply could not be read at ease
 WARM_AT_ONCE = 64  # connects in flight while warming: below the usual listen backlog of 128
 SPARE_FILES = 128  # descriptors left for everything that is not a connection
+ESTABLISHED = b"\x01"  # the first byte of Linux's tcp_info
+TCP_INFO = getattr(socket, "TCP_INFO", None)
 
 
 class Reply(Protocol):
@@ -339,6 +341,23 @@ class Body(payload.BytesPayload):
             await self._gate
         if not self._exchange.send_ns:
             await writer.write(self._value)
+
+    @property
+    def stale(self) -> bool:
+        """True when the connection that it waits on is gone, be it that only the kernel knows.
+
+        A server may close an idle connection at any time, and a request that crosses that is lost:
+        2 us of asking the kernel leave only what is still on the way here.
+        """
+        if self._writer is None:
+            return False
+        transport = self._writer.transport
+        if transport is None or transport.is_closing():
+            return True
+        if TCP_INFO is None:
+            return False
+        sock = transport.get_extra_info("socket")
+        return bool(sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 1) != ESTABLISHED)
 
     def release(self) -> None:
         """Send head and body now, in one write; as soon as there is a connection, if not yet."""

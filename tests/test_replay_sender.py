@@ -4,6 +4,8 @@ import asyncio
 import gc
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
@@ -167,6 +169,60 @@ def test_a_cold_pool_is_seen_in_the_rows() -> None:
     sent, rows, _ = send(lambda _: [HEAD, 0.2, LAST], [0, 0, 0], warm=1)
     assert sent.warmed == 1
     assert sum("connect_ns" in r for r in rows.rows) == 2
+
+
+def serve_two(listening: socket.socket, kept: list[socket.socket], close: threading.Event) -> None:
+    """Answers a request on each of two connections; closes the first one when told to."""
+    listening.settimeout(10)
+    for n in range(2):
+        peer, _ = listening.accept()
+        with peer:
+            while b"max_tokens" not in peer.recv(65536):
+                pass
+            peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            if not n:
+                kept.append(peer)
+                close.wait(20)
+                peer.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_request_is_not_sent_into_a_connection_that_the_peer_has_just_closed() -> None:
+    """The second one is armed on a kept connection that is closed after the timer has rung."""
+    kept: list[socket.socket] = []
+    close = threading.Event()
+    due = [0, 200 * MS]
+
+    class ClosingRows(Rows):
+        def close(self, stream: int, t_ns: int, row: dict[str, Any]) -> None:
+            super().close(stream, t_ns, row)
+            if stream == 1:
+                asyncio.get_running_loop().call_later(0.19, self.close_behind_the_timer)
+
+        def close_behind_the_timer(self) -> None:
+            while monotonic_ns() < self.rows[0]["arrival_ns"] + due[1]:
+                pass  # the loop is held until the timer has rung
+            with kept[0].dup() as held:
+                close.set()
+                while held.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\x01":
+                    pass
+
+    rows = ClosingRows()
+
+    async def main(url: URL) -> Sent:
+        async with open_client() as client:
+            body = b'{"max_tokens":2}'
+            return await Sender(
+                client, rows, due, lambda n: Outgoing(url, {}, body, {"n": n})
+            ).run()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        serving = threading.Thread(target=serve_two, args=(listening, kept, close))
+        serving.start()
+        sent = asyncio.run(main(URL(f"http://127.0.0.1:{listening.getsockname()[1]}/")))
+        serving.join()
+    assert sent.outcomes == {"ok": 2}, rows.rows
+    assert [row["conn_id"] for row in rows.rows] == [1, 2]
+    assert rows.rows[1]["connect_ns"] > 0
 
 
 def test_failures_are_rows_too() -> None:
