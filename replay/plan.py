@@ -16,15 +16,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from tokentape.replay.ahead import Outgoing
 from tokentape.replay.capacity import STREAM_GAP_S, TOKEN_BYTES, Demand, Fit, Machine
 from tokentape.replay.health import cores
 from tokentape.replay.probe import find_target
+from tokentape.replay.reuse import repeated_blocks
 from tokentape.replay.schedule import NS_PER_S, Schedule, ScheduleOptions, make_schedule
-from tokentape.replay.sessions import Numbers, Shard, shard_of
+from tokentape.replay.sessions import Numbers, Shard, of_copies, shard_of
 from tokentape.replay.share import Share, endpoint
 from tokentape.replay.source import Source, read_source
 from tokentape.replay.targets import (
@@ -43,9 +42,6 @@ from tokentape.traces.reader import open_tape
 REQUESTS_PER_WORKER, EVENTS_PER_WORKER = 1_000, 25_000
 COARSE_ARRIVALS_NS = 100_000_000  # arrivals stamped no finer than this come in bursts of their own
 LOCAL_NAMES = (".local", ".internal", ".lan", ".home.arpa", ".localhost")  # RFC 6762, 8375; ICANN
-MOST_BLOCKS = 4_000_000  # looked at for the share that repeats: 64 MB
-BLOCK_ROWS = 8_000  # requests whose blocks are read at a time
-_STEP = 0x9E3779B97F4A7C15
 
 
 @dataclass
@@ -123,6 +119,7 @@ class Plan:
         return Share(
             due_ns=schedule.due_ns,
             positions=schedule.source_index,
+            copies=schedule.copy_index,
             input_tokens=source.input_tokens,
             output_tokens=source.output_tokens,
             chat=source.chat,
@@ -152,8 +149,13 @@ class Plan:
     @property
     def worker_of_each(self) -> Numbers:
         """The worker that sends each request of the schedule."""
-        sessions = self.source.sessions[self.schedule.source_index]
-        return shard_of(sessions, self.options.workers)
+        return shard_of(self.sessions, self.options.workers)
+
+    @property
+    def sessions(self) -> Numbers:
+        """The session of each request of the schedule, -1 where it has none."""
+        schedule = self.schedule
+        return of_copies(self.source.sessions[schedule.source_index], schedule.copy_index)
 
     def settle(self) -> None:
         """Work the figures out, and let go of what a single worker does not need: 50 MB of 500."""
@@ -176,8 +178,8 @@ class Plan:
         index = schedule.source_index
         inputs, outputs = source.input_tokens[index], source.output_tokens[index]
         chat = source.chat[index] if self.options.endpoint == "recorded" else None
-        sessions = source.sessions[index]
-        repeated, blocks, counted = _repeated_blocks(source, index)
+        sessions = self.sessions
+        repeated, blocks, counted = repeated_blocks(source, index, schedule.copy_index)
         return {
             "requests": len(self),
             "requests_on_tape": len(source),
@@ -406,7 +408,8 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
         raise UsageError(f"--speed: {error}") from None
     whole = len(schedule.due_ns)
     if whole and options.shard:
-        shard = shard_of(source.sessions[schedule.source_index], options.shard.count)
+        sessions = of_copies(source.sessions[schedule.source_index], schedule.copy_index)
+        shard = shard_of(sessions, options.shard.count)
         schedule = schedule.part(shard == options.shard.index, offered.duration_ns)
         if not len(schedule.due_ns):
             raise UsageError(f"--shard {options.shard}: has none of the plan's {whole} requests")
@@ -433,39 +436,6 @@ def is_private(url: str) -> bool:
         return ipaddress.ip_address(host).is_private
     except ValueError:
         return "." not in host or host.endswith(LOCAL_NAMES)
-
-
-def _repeated_blocks(source: Source, index: Any) -> tuple[int, int, int]:
-    """(blocks that an endless prefix cache would have seen before, all blocks, their requests).
-
-    Of the first requests of a plan only, as many as have MOST_BLOCKS: each is kept meanwhile.
-    """
-    found: list[Any] = []
-    blocks = counted = 0
-    while source.with_blocks and counted < len(index) and blocks < MOST_BLOCKS:
-        part = index[counted : counted + BLOCK_ROWS]
-        groups = source.rows.group_of(part)
-        for group in np.unique(groups).tolist():
-            keys = _block_keys(source, group, part[groups == group])
-            found.append(keys)
-            blocks += len(keys)
-        counted += len(part)
-    keys = np.sort(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64)
-    return int(np.count_nonzero(keys[1:] == keys[:-1])), blocks, counted
-
-
-def _block_keys(source: Source, group: int, positions: Any) -> Any:
-    """The blocks of some rows of a row group, told apart as a cache would."""
-    table = source.rows.read(group, ("block_hashes", "block_scope"))
-    if "block_hashes" not in table.column_names:
-        return np.empty(0, dtype=np.uint64)
-    table = table.take(pa.array(positions - source.rows.groups[group].first))
-    lists = table["block_hashes"].combine_chunks()
-    hashes = pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64)
-    parents = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
-    local = pc.fill_null(pc.equal(table["block_scope"], "session"), fill_value=False)
-    spaces = np.where(np.asarray(local), source.sessions[positions] + 1, 0).astype(np.uint64)
-    return hashes ^ (spaces[parents] * np.uint64(_STEP))
 
 
 def _duration(ns: int) -> str:

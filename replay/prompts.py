@@ -6,9 +6,9 @@ prefixes whose hashes they share, and a tape without blocks gets prompts that sh
 Draws become token ids or words. Nothing here may depend on the process: never use `hash()`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,26 @@ class Blocks:
     block_tokens: int
     namespace: str = ""
 
+    def of_copy(self, copy: int) -> "Blocks":
+        """The blocks of a copy of the prompt: as many, and none that another copy has."""
+        if not copy or not len(self.hashes):
+            return self
+        return replace(self, hashes=hashes_of_copy(self.hashes, copy))
+
+
+def hashes_of_copy(
+    hashes: NDArray[np.int64], copy: int | NDArray[np.integer[Any]]
+) -> NDArray[np.int64]:
+    """Hashes as copies of their prompts have them: equal where they were, within a copy only.
+
+    Copy 0 keeps its hashes. Every other copy has a bijection of its own, so two hashes of two
+    copies are equal by a chance of 2^-64 only. Args: copy: one number, or one for each hash.
+    """
+    numbers = np.atleast_1d(copy).astype(np.uint64)  # no scalar: those warn as they wrap
+    moved = _mix(hashes.view(np.uint64) + _mix(numbers * _STEP + _MIX_1))
+    kept: NDArray[np.int64] = np.where(numbers == 0, hashes, moved.view(np.int64))
+    return kept
+
 
 NO_BLOCKS = Blocks(np.empty(0, dtype=np.int64), 1)
 
@@ -58,8 +78,10 @@ class PromptSource:
             f"{tape_id}\0{seed}".encode(), digest_size=16, person=b"tokentape"
         ).digest()
 
-    def draws(self, request_id: bytes, tokens: int, blocks: Blocks = NO_BLOCKS) -> Draws:
-        """One draw per token of a prompt; cost about 20 ns each."""
+    def draws(
+        self, request_id: bytes, tokens: int, blocks: Blocks = NO_BLOCKS, *, copy: int = 0
+    ) -> Draws:
+        """One draw per token of a prompt; cost about 20 ns each. `copy`: of the request."""
         size = blocks.block_tokens
         shared = min(tokens, size * len(blocks.hashes))
         parts = []
@@ -68,7 +90,8 @@ class PromptSource:
             keys = _mix(hashes * _STEP + self._key(b"blocks", blocks.namespace.encode()))
             parts.append(_counted(keys, size).ravel()[:shared])
         if tokens > shared or not shared:
-            own = np.array([self._key(b"request", request_id)], dtype=np.uint64)
+            name = request_id + copy.to_bytes(2) if copy else request_id
+            own = np.array([self._key(b"request", name)], dtype=np.uint64)
             parts.append(_counted(own, tokens - shared).ravel())
         return np.concatenate(parts)
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tokentape.replay.prompts import NO_BLOCKS, Blocks
+from tokentape.replay.prompts import NO_BLOCKS, Blocks, hashes_of_copy
 from tokentape.replay.schedule import PART
 from tokentape.traces.errors import TapeError
 
@@ -91,11 +91,21 @@ class TapeRows:
         loaded, at = self._find(position)
         return loaded.request_id(at)
 
-    def columns(self, position: int) -> dict[str, Any]:
-        """Columns that a replayed request takes over from its source; no NULL is among them."""
+    def columns(self, position: int, copy: int = 0) -> dict[str, Any]:
+        """Columns that a replayed request takes over from its source; no NULL is among them.
+
+        A copy but the first belongs to a session of its own, and to blocks that no other copy has:
+        a tape of copies can be replayed, and what its prompts share is what they shared.
+        """
         loaded, at = self._find(position)
         cells = {name: column[at] for name, column in loaded.columns.items()}
-        return {name: cell.as_py() for name, cell in cells.items() if cell.is_valid}
+        row = {name: cell.as_py() for name, cell in cells.items() if cell.is_valid}
+        if copy and "session_id" in row:
+            row["session_id"] = f"{row['session_id']}#{copy}"
+        if copy and row.get("block_hashes"):
+            hashes = np.array(row["block_hashes"], dtype=np.int64)
+            row["block_hashes"] = hashes_of_copy(hashes, copy).tolist()
+        return row
 
     def blocks(self, position: int) -> Blocks:
         """The prefix blocks of a request, in tokens."""

@@ -52,11 +52,14 @@ class Schedule:
 
     due_ns: int64[n], ns after the start of the run, sorted; the first of a whole plan is 0.
     source_index: int32[n], the row of the tape that each due time replays.
+    copy_index: int16[n], which copy of that row it is: 0 is the recorded request itself, another
+    is one like it that shares no prefix and no session with it.
     left_out: what is not replayed, by reason.
     """
 
     due_ns: Ints
     source_index: NDArray[np.int32]
+    copy_index: NDArray[np.int16]
     recorded_span_ns: int
     peak_per_s: int
     peak_in_flight: int
@@ -81,6 +84,7 @@ class Schedule:
             self,
             due_ns=due,
             source_index=index,
+            copy_index=self.copy_index[kept],
             peak_per_s=most_within(due, NS_PER_S),
             peak_in_flight=most_in_flight(due, duration_ns[index]),
         )
@@ -139,6 +143,7 @@ def make_schedule(offered: Offered, options: ScheduleOptions) -> Schedule:
     return Schedule(
         due_ns=due,
         source_index=order,
+        copy_index=np.zeros(len(order), dtype=np.int16),
         recorded_span_ns=int(recorded[-1]) if len(recorded) else 0,
         peak_per_s=most_within(due, NS_PER_S),
         peak_in_flight=most_in_flight(due, offered.duration_ns[order]),

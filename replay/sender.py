@@ -121,7 +121,7 @@ class Sender:
         self._progress = progress
         self._start = start or StartAt()
         self._labels = json.dumps({"worker": worker})
-        self._where = {"host": platform.node(), "worker": worker, "attempt": 1, "copy_index": 0}
+        self._where = {"host": platform.node(), "worker": worker, "attempt": 1}
         self._spin_ns = SPIN_NS if precise else 0
         self._arm_ns = ArmTimes(due)
         self._armed: deque[Armed] = deque()  # those of numbers _next to _next_arm

@@ -64,6 +64,16 @@ def numbered(digests: Digests) -> Numbers:
     return np.asarray(known.fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.int32)
 
 
+def of_copies(sessions: Numbers, copy_index: NDArray[np.int16]) -> Numbers:
+    """Numbers of the sessions of copies: each copy of a session is one of its own; -1 stays."""
+    if not copy_index.any():
+        return sessions
+    width = int(sessions.max(initial=0)) + 1
+    apart = sessions + copy_index * np.int64(width)
+    known = pa.array(apart, mask=sessions < 0).dictionary_encode().indices
+    return np.asarray(known.fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.int32)
+
+
 @dataclass(frozen=True)
 class Shard:
     """The part `index` of `count` of a plan."""

@@ -22,12 +22,14 @@ from tokentape.replay.targets import Endpoint, Target
 class Share:
     """Requests in the order of their due times, which count from the start of the whole run.
 
-    positions: int32[n], the rows of the tape. The other arrays have an entry per row of the tape
+    positions: int32[n], the rows of the tape. copies: int16[n], which copy of its row each request
+    is (see `schedule.Schedule`). The other arrays have an entry per row of the tape
     when `by_row` is set, else one per request.
     """
 
     due_ns: Ints
     positions: Positions
+    copies: NDArray[np.int16]
     input_tokens: NDArray[np.int32]
     output_tokens: NDArray[np.int32]
     chat: NDArray[np.bool_]
@@ -53,6 +55,7 @@ class Share:
             self,
             due_ns=self.due_ns[kept],
             positions=self.positions[kept],
+            copies=self.copies[kept],
             input_tokens=self.input_tokens[place],
             output_tokens=self.output_tokens[place],
             chat=self.chat[place],
@@ -67,7 +70,7 @@ class Share:
 
     def outgoing(self, number: int) -> Outgoing:
         """The i-th request, body and all."""
-        position = int(self.positions[number])
+        position, copy = int(self.positions[number]), int(self.copies[number])
         place = position if self.by_row else number
         form = self.target.forms[endpoint(self.wanted_endpoint, chat=bool(self.chat[place]))]
         input_tokens = int(self.input_tokens[place])
@@ -75,15 +78,16 @@ class Share:
         stream = bool(self.stream[place])
         request_id = self.rows.request_id(position)
         units = form.length.units(input_tokens)
-        blocks = self.rows.blocks(position)
+        blocks = self.rows.blocks(position).of_copy(copy)
         if form.length.per_unit != 1:  # a block is as long as it was in tokens, not in units
             of_units = max(1, round(blocks.block_tokens / form.length.per_unit))
             blocks = replace(blocks, block_tokens=of_units)
-        draws = self._prompts.draws(request_id, units, blocks)
-        row = self.rows.columns(position) | form.columns(output_tokens, stream=stream)
+        draws = self._prompts.draws(request_id, units, blocks, copy=copy)
+        row = self.rows.columns(position, copy) | form.columns(output_tokens, stream=stream)
         row |= {
             "endpoint": self.target.address.path(form.endpoint),
             "source_request_id": request_id,
+            "copy_index": copy,
             "planned_input_tokens": input_tokens,
             "planned_output_tokens": output_tokens,
         }

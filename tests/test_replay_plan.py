@@ -222,3 +222,30 @@ def test_mooncake_prompts_repeat_the_blocks_that_the_trace_repeats(tmp_path: Pat
         index = plan.schedule.source_index[number]
         assert len(prompt) == plan.source.input_tokens[index]
     assert np.all(np.diff(plan.schedule.due_ns) >= 0)
+
+
+def test_a_copy_of_a_request_is_another_session_with_another_prompt(tmp_path: Path) -> None:
+    blocks = {"block_tokens": 4, "block_unit": "token", "block_scope": "trace"}
+    rows: list[dict[str, Any]] = [
+        {"session_id": "a", "block_hashes": [7, 8], **blocks},
+        {"session_id": None},
+    ]
+    plan = make_plan(options(tape(tmp_path / "t", rows)), offline=True)
+    copies = np.array([0, 0, 0, 2], dtype=np.int16), np.array([0, 1, 0, 0], dtype=np.int32)
+    plan.schedule = replace(
+        plan.schedule,
+        due_ns=np.arange(4) * SECOND,
+        copy_index=copies[0],
+        source_index=copies[1],
+    )
+    sent = [plan.outgoing(i) for i in range(4)]
+    assert [s.row["copy_index"] for s in sent] == [0, 0, 0, 2]
+    assert [s.row.get("session_id") for s in sent] == ["a", None, "a", "a#2"]
+    assert sent[0].body == sent[2].body != sent[3].body
+    assert sent[0].row["source_request_id"] == sent[3].row["source_request_id"]
+    assert not set(sent[0].row["block_hashes"]) & set(sent[3].row["block_hashes"])
+    figures = plan.figures
+    assert figures["sessions"] == 2
+    assert (figures["prefix_blocks"], figures["prefix_blocks_repeated"]) == (6, 2)
+    part = plan.whole.part(np.array([1, 3], dtype=np.int32), 1)
+    assert part.outgoing(1) == sent[3]

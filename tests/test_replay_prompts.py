@@ -21,6 +21,7 @@ from tokentape.replay.prompts import (
     PromptSource,
     TokenIds,
     Words,
+    hashes_of_copy,
 )
 
 DATA = Path(__file__).parent.parent / ".." / "shared" / "data"
@@ -154,3 +155,36 @@ def test_mooncake_prompts_share_what_the_trace_says() -> None:
             same = shared(rows[i]["hash_ids"], rows[j]["hash_ids"])
             length = min(len(prompts[i]), len(prompts[j]), size * same)
             assert shared(prompts[i], prompts[j]) == length
+
+
+@given(hashes, hashes, st.integers(1, 32_767), st.integers(1, 200))
+def test_a_copy_shares_what_it_shared_with_its_own_copy_and_nothing_with_another(
+    common: list[int], rest: list[int], copy: int, own: int
+) -> None:
+    source, size = PromptSource("t", 0), 16
+    one, two = blocks(common, size), blocks(common + rest, size)
+    lengths = [size * len(b.hashes) + own for b in (one, two)]
+    a, b = (
+        source.draws(name, n, of.of_copy(copy), copy=copy).tolist()
+        for name, n, of in zip((b"one", b"two"), lengths, (one, two), strict=True)
+    )
+    assert shared(a, b) == size * len(common)
+    assert a != source.draws(b"one", lengths[0], one).tolist()
+    assert shared(a, source.draws(b"one", lengths[0], one).tolist()) == 0
+    assert hashes_of_copy(one.hashes, 0).tolist() == common
+
+
+def test_hashes_of_a_copy_are_the_same_on_every_host() -> None:
+    some = np.array([0, 1, -1, 2**63 - 1], dtype=np.int64)
+    copies = np.array([0, 1, 1, 300], dtype=np.int16)
+    assert hashes_of_copy(some, copies).tolist() == [
+        0,
+        *hashes_of_copy(some[1:3], 1).tolist(),
+        *hashes_of_copy(some[3:], 300).tolist(),
+    ]
+    assert hashes_of_copy(some, 1).tolist() == [
+        722434519817146446,
+        -877731822696284322,
+        5345224958075667110,
+        -4805421519543875386,
+    ]
