@@ -100,4 +100,6 @@ def test_a_request_as_columns_and_its_prompt() -> None:
 
 
 def test_another_server_at_the_same_path_is_not_taken_for_it() -> None:
-    assert request({"inputs": "hi", "parameters": {}}).columns["wire_format"] == "unknown"
+    assert request({"inputs": "hi", "parameters": {}}).columns["wire_format"] == "tgi"
+    assert request({"text_input": "hi"}).columns["wire_format"] == "triton"
+    assert request({"prompt": "hi"}).columns["wire_format"] == "unknown"

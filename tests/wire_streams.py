@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import struct
 import threading
+import zlib
+from base64 import b64encode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, NamedTuple
@@ -13,6 +16,7 @@ from tokentape.traces import schema, wire
 from tokentape.traces.wire.reply import Reply
 
 SSE, JSON, NDJSON = "text/event-stream", "application/json", "application/x-ndjson"
+EVENT_STREAM = "application/vnd.amazon.eventstream"
 
 
 class Sample(NamedTuple):
@@ -344,6 +348,173 @@ OLLAMA_GENERATE = Sample(
     NDJSON,
 )
 
+
+def tgi(text: str, number: int = 5, *, special: bool = False, details: Any = None) -> bytes:
+    """A message of text-generation-inference."""
+    token = {"id": number, "text": text, "logprob": -0.5, "special": special}
+    whole = "Grüße 😀 more" if details else None
+    return sse({"index": 1, "token": token, "generated_text": whole, "details": details})
+
+
+TGI_DETAILS = {"finish_reason": "eos_token", "generated_tokens": 4, "seed": 7, "input_length": 31}
+TGI = Sample(
+    "tgi",
+    [
+        tgi("Grüße"),
+        tgi(" 😀"),
+        tgi(" more"),
+        tgi("</s>", 2, special=True, details=TGI_DETAILS),
+    ],
+    [schema.TEXT, schema.TEXT, schema.TEXT, schema.EMPTY],
+)
+
+
+def llama_cpp(content: str, predicted: int, **more: Any) -> bytes:
+    """A message of llama.cpp's own completion."""
+    told = {"tokens_predicted": predicted, "tokens_evaluated": 20, **more}
+    return sse({"index": 0, "content": content, "tokens": [], "stop": False, "id_slot": 0, **told})
+
+
+LLAMA_CPP_END: dict[str, Any] = {
+    "stop": True,
+    "model": "llama",
+    "generation_settings": {"n_predict": 6, "temperature": 0.8},
+    "prompt": "let me see",
+    "stop_type": "limit",
+    "tokens_cached": 25,
+    "timings": {
+        "cache_n": 16,
+        "prompt_n": 4,
+        "prompt_ms": 12.5,
+        "predicted_n": 6,
+        "predicted_ms": 90.25,
+    },
+}
+LLAMA_CPP = Sample(
+    "llama.cpp",
+    [
+        sse({"index": 0, "content": "", "prompt_progress": {"total": 20, "processed": 8}}),
+        llama_cpp("Grüße", 1),
+        llama_cpp(" 😀", 3),
+        llama_cpp("", 4),  # a token that leaves no text
+        llama_cpp(" more", 6),
+        llama_cpp("", 6, **LLAMA_CPP_END),
+    ],
+    [schema.TEXT, schema.TEXT, schema.EMPTY, schema.TEXT],
+)
+
+
+def triton(text: Any, **more: Any) -> bytes:
+    """A message of Triton's generate extension."""
+    return sse({"model_name": "ensemble", "model_version": "1", "text_output": text, **more})
+
+
+TRITON = Sample(
+    "triton",
+    [
+        triton("Grüße", num_output_tokens=2, num_input_tokens=9, finish_reason=None),
+        triton(" 😀", num_output_tokens=1, num_input_tokens=9, finish_reason=None),
+        triton("", num_output_tokens=1, num_input_tokens=9, finish_reason=None),
+        triton(" more", num_output_tokens=3, num_input_tokens=9, finish_reason="length"),
+    ],
+    [schema.TEXT, schema.TEXT, schema.EMPTY, schema.TEXT],
+)
+
+
+def framed(payload: dict[str, Any] | bytes, /, **headers: str) -> bytes:
+    """A message of Amazon's event stream; `event_type` stands for the header `:event-type`."""
+    data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+    named = b"".join(
+        struct.pack(">B", len(key) + 1)
+        + b":"
+        + key.replace("_", "-").encode()
+        + struct.pack(">BH", 7, len(value))
+        + value.encode()
+        for key, value in headers.items()
+    )
+    head = struct.pack(">II", 16 + len(named) + len(data), len(named))
+    frame = head + struct.pack(">I", zlib.crc32(head)) + named + data
+    return frame + struct.pack(">I", zlib.crc32(frame))
+
+
+def converse(kind: str, **payload: Any) -> bytes:
+    """An event of ConverseStream."""
+    more = {"content_type": "application/json", "message_type": "event"}
+    return framed(payload | {"p": "abcd"}, event_type=kind, **more)
+
+
+_LET_ME_SEE = {"reasoningContent": {"text": "let me see"}}
+_USE = {"toolUse": {"toolUseId": "t", "name": "get_weather"}}
+CONVERSE = Sample(
+    "bedrock.converse",
+    [
+        converse("messageStart", role="assistant"),
+        converse("contentBlockDelta", contentBlockIndex=0, delta=_LET_ME_SEE),
+        converse("contentBlockStop", contentBlockIndex=0),
+        converse("contentBlockDelta", contentBlockIndex=1, delta={"text": "Grüße 😀"}),
+        converse("contentBlockDelta", contentBlockIndex=1, delta={"text": " more"}),
+        converse("contentBlockStart", contentBlockIndex=2, start=_USE),
+        converse("contentBlockDelta", contentBlockIndex=2, delta={"toolUse": {"input": "{}"}}),
+        converse("messageStop", stopReason="tool_use"),
+        converse(
+            "metadata",
+            usage={
+                "inputTokens": 10,
+                "cacheReadInputTokens": 100,
+                "cacheWriteInputTokens": 20,
+                "outputTokens": 30,
+                "totalTokens": 160,
+            },
+            metrics={"latencyMs": 812},
+        ),
+    ],
+    [schema.REASONING, schema.TEXT, schema.TEXT, schema.TOOL, schema.TOOL],
+    EVENT_STREAM,
+)
+
+
+def invoked(said: dict[str, Any]) -> bytes:
+    """A chunk of InvokeModelWithResponseStream."""
+    more = {"content_type": "application/json", "message_type": "event"}
+    text = b64encode(json.dumps(said).encode()).decode()
+    return framed({"bytes": text, "p": "abcd"}, event_type="chunk", **more)
+
+
+INVOCATION = {
+    "inputTokenCount": 10,
+    "outputTokenCount": 30,
+    "invocationLatency": 812,
+    "firstByteLatency": 93,
+}
+_ANTHROPIC_SAID = [json.loads(part.split(b"data: ", 1)[1]) for part in ANTHROPIC.parts]
+INVOKE = Sample(
+    "bedrock.invoke",
+    [
+        *(invoked(said) for said in _ANTHROPIC_SAID[:-1]),
+        invoked(_ANTHROPIC_SAID[-1] | {"amazon-bedrock-invocationMetrics": INVOCATION}),
+    ],
+    ANTHROPIC.events,
+    EVENT_STREAM,
+)
+INVOKE_LLAMA = Sample(
+    "bedrock.invoke",
+    [
+        invoked({"generation": "Gr", "prompt_token_count": 9, "generation_token_count": 2}),
+        invoked({"generation": "üße 😀", "generation_token_count": 5}),
+        invoked({"generation": "", "generation_token_count": 6, "stop_reason": None}),
+        invoked(
+            {
+                "generation": "",
+                "generation_token_count": 6,
+                "stop_reason": "stop",
+                "amazon-bedrock-invocationMetrics": INVOCATION,
+            }
+        ),
+    ],
+    [schema.TEXT, schema.TEXT, schema.EMPTY],
+    EVENT_STREAM,
+)
+
 SAMPLES = {
     "openai": OPENAI,
     "responses": RESPONSES,
@@ -353,4 +524,10 @@ SAMPLES = {
     "gemini array": GEMINI_ARRAY,
     "ollama chat": OLLAMA_CHAT,
     "ollama generate": OLLAMA_GENERATE,
+    "tgi": TGI,
+    "llama.cpp": LLAMA_CPP,
+    "triton": TRITON,
+    "bedrock converse": CONVERSE,
+    "bedrock invoke": INVOKE,
+    "bedrock invoke llama": INVOKE_LLAMA,
 }

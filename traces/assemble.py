@@ -20,7 +20,7 @@ from tokentape.traces.open_request import OpenRequest, State, Unfinished
 from tokentape.traces.privacy import Privacy
 from tokentape.traces.retry_after import retry_after_s
 from tokentape.traces.schema import INSTANTS, INTEGER_BOUNDS, allowed
-from tokentape.traces.wire import Reply, ReplyParser, read_request, wire_format
+from tokentape.traces.wire import Reply, ReplyParser, head_columns, read_request, wire_format
 from tokentape.traces.wire.encoding import CODINGS, coding_of, decoded
 from tokentape.traces.wire.reply import StreamParser
 
@@ -231,6 +231,7 @@ class Assembler:
         }
         if b"retry-after" in found:
             columns["retry_after_s"] = retry_after_s(found)
+        columns |= head_columns(request.row.get("wire_format") or "", found)
         request.row.update(columns)
         self._sink.learned(stream, self._visible(columns))
         request.read_reply_as(found.get(b"content-type", ""))

@@ -6,6 +6,9 @@ further dialect is one file (a stream parser and a whole parser) and a request r
 let text through.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from tokentape.traces.wire.dialects import DIALECTS, UNKNOWN, route_of
 from tokentape.traces.wire.encoding import CODINGS, Decoder, coding_of
 from tokentape.traces.wire.reply import Reply, ReplyParser, UnreadParser
@@ -16,6 +19,7 @@ __all__ = [
     "Reply",
     "ReplyParser",
     "RequestFacts",
+    "head_columns",
     "read_request",
     "reply_parser",
     "wire_format",
@@ -35,11 +39,22 @@ def read_request(endpoint: str, body: bytes | bytearray) -> RequestFacts:
         return RequestFacts({"wire_format": UNKNOWN})
     known = {"wire_format": route.dialect, "operation": route.operation} | route.told(endpoint)
     try:
-        facts = DIALECTS[route.dialect].read_request(body)
+        known["wire_format"] = spoken = route.spoken(body)
+        if spoken == UNKNOWN:
+            return RequestFacts({"wire_format": UNKNOWN})
+        facts = DIALECTS[spoken].read_request(body)
     except Exception:  # noqa: BLE001 - any body may come; the request is recorded all the same
         return RequestFacts(known | {"parse_status": "error"})
     facts.columns = known | facts.columns  # a body may tell that the path misled
     return facts
+
+
+def head_columns(wire_format: str, headers: Mapping[bytes, str]) -> dict[str, Any]:
+    """Columns that a reply's head tells; headers are values by lower-case name."""
+    dialect = DIALECTS.get(wire_format)
+    if dialect is None or dialect.head_columns is None:
+        return {}
+    return dialect.head_columns(headers)
 
 
 def reply_parser(
