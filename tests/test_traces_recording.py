@@ -89,6 +89,22 @@ def test_what_is_recorded_comes_back_as_a_row(tmp_path: Path) -> None:
     assert list((tape.path / "journal").iterdir()) == [tape.path / "journal" / "lock"]
 
 
+def test_what_the_head_of_a_reply_says_of_the_servers_times_is_in_the_row(tmp_path: Path) -> None:
+    recorder = start(tmp_path / "a.tape")
+    now = time.monotonic_ns()
+    stream = recorder.open(now, {"arrival_ns": now}, (b"POST", b"/generate", []))
+    recorder.request_body(stream, now, b'{"inputs": "hi"}')
+    recorder.mark(stream, "request_end_ns", now)
+    told = [(b"X-Queue-Time", b"12"), (b"X-Inference-Time", b"300")]
+    recorder.reply_head(stream, now, 200, [(b"Content-Type", b"application/json"), *told])
+    recorder.reply_data(stream, now, b'{"generated_text": "x"}')
+    recorder.close(stream, now, {"outcome": "ok", "send_ns": now, "send_end_ns": now})
+    recorder.finish({})
+    (row,) = open_tape(tmp_path / "a.tape").read().to_pylist()
+    assert (row["wire_format"], row["server_queue_ns"]) == ("tgi", 12_000_000)
+    assert row["server_timing_source"] == "headers"
+
+
 @pytest.mark.parametrize(
     ("last", "outcome"),
     [(b"data: [DONE]\n\n", "ok"), (event("d"), "client_abort")],
