@@ -40,6 +40,8 @@ READ_HEADERS = frozenset(
         b"content-type",
         b"content-encoding",
         *retry_after.NAMES,
+        b"x-queue-time",  # these two by `wire/tgi.py`
+        b"x-inference-time",
     }
 )
 _LARGEST_PAYLOAD = blocks.SLOT_BYTES - blocks.RECORD.size

@@ -43,6 +43,7 @@ _READING: Final = Reading(
     ),
 )
 _GRAMMARS: Final = {"json": "json_schema", "json_schema": "json_schema", "regex": "regex"}
+TIMES: Final = (b"x-queue-time", b"x-inference-time")  # of a whole reply's head
 _PLACES: Final = {"input_tokens": ("input_length",), "output_tokens": ("generated_tokens",)}
 
 
@@ -70,8 +71,8 @@ def head_columns(headers: Mapping[bytes, str]) -> dict[str, Any]:
 
     Args: headers: values by lower-case name; the times are whole milliseconds.
     """
-    asked = headers.get(b"x-queue-time", "")
-    if b"x-inference-time" not in headers or not asked.isascii() or not asked.isdigit():
+    asked = headers.get(TIMES[0], "")
+    if TIMES[1] not in headers or not asked.isascii() or not asked.isdigit():
         return {}
     waited_ns = scaled_ns(int(asked), 1e6)
     if waited_ns is None:
