@@ -402,6 +402,29 @@ def test_more_tokens_than_one_event_can_hold_are_said_to_be_short() -> None:
     assert reply.columns["ntok_source"] == "usage_spread_short"
 
 
+def test_trap_15_tokens_of_which_a_parser_let_no_text_out_are_an_event_of_their_own() -> None:
+    parts = [
+        message(chunk([chat(content="")], usage=usage(5, 3))),
+        message(chunk([chat(content="ab")], usage=usage(5, 4))),
+        message(chunk([chat(content="", finish="stop")], usage=usage(5, 4))),
+    ]
+    reply = read(parts)
+    assert (list(reply.cls), list(reply.ntok)) == ([EMPTY, TEXT], [3, 1])
+    assert (reply.first_content_ns, reply.first_answer_ns) == (1000, 1001)
+    assert reply.columns["output_tokens"] == 4
+
+
+def test_trap_19_a_stop_sequence_left_out_of_the_text_is_in_the_last_event() -> None:
+    parts = [
+        message(chunk([chat(content="a")])),
+        message(chunk([chat(content="", finish="stop")])),
+        message(chunk(usage=usage(5, 2))),
+    ]
+    reply = read(parts)
+    assert (list(reply.cls), list(reply.ntok)) == ([TEXT, EMPTY], [1, 1])
+    assert reply.columns["output_tokens"] == 2
+
+
 def test_trap_16_interleaved_choices_are_told_apart_and_usage_is_their_sum() -> None:
     parts = [message(chunk([chat(i, role="assistant", content="")])) for i in (0, 1)]
     parts += [message(chunk([chat(i, content="a")])) for i in (0, 1, 1, 0, 1)]
