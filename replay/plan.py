@@ -20,10 +20,12 @@ import numpy as np
 from tokentape.replay.ahead import Outgoing
 from tokentape.replay.capacity import STREAM_GAP_S, TOKEN_BYTES, Demand, Fit, Machine
 from tokentape.replay.health import cores
+from tokentape.replay.operators import Asked
 from tokentape.replay.probe import find_target
 from tokentape.replay.reuse import repeated_blocks
 from tokentape.replay.schedule import NS_PER_S, Schedule, ScheduleOptions, make_schedule
 from tokentape.replay.sessions import Numbers, Shard, of_copies, shard_of
+from tokentape.replay.shape import Shapes
 from tokentape.replay.share import Share, endpoint
 from tokentape.replay.source import Source, read_source
 from tokentape.replay.targets import (
@@ -69,6 +71,7 @@ class ReplayOptions:
     shard: Shard | None = None
     start_at_unix_ns: int | None = None
     force: bool = False
+    operators: Asked = field(default_factory=Asked)
     facts: dict[str, str] = field(default_factory=dict)
     command: list[str] = field(default_factory=list, repr=False)
 
@@ -90,6 +93,7 @@ class ReplayOptions:
             "first_byte_timeout_ns": self.first_byte_timeout_ns,
             "precise": self.precise,
             "include_failed": self.include_failed,
+            **self.operators.as_dict(),
             "workers": self.workers,
             "shard": str(self.shard) if self.shard else None,
             "start_at_unix_ns": self.start_at_unix_ns,
@@ -108,6 +112,7 @@ class Plan:
     source_facts: dict[str, Any]
     probed: bool
     of_requests: int = 0  # of all shards
+    shapes: Shapes | None = None  # of the load before and after each operator
 
     def __len__(self) -> int:
         return len(self.schedule.due_ns)
@@ -250,6 +255,7 @@ class Plan:
         return {
             **self.figures,
             "speed": str(self.options.speed),
+            "loads": [shape.as_dict() for shape in self.shapes.found] if self.shapes else [],
             "workers": self.options.workers,
             "shard": str(self.options.shard) if self.options.shard else None,
             "requests_of_all_shards": self.of_requests,
@@ -300,10 +306,15 @@ class Plan:
         found += self._too_much()
         found += [f"impossible here: {reason}" for reason in self.fit.impossible()]
         step = self.source_facts.get("arrival_resolution_ns")
-        if step and step >= COARSE_ARRIVALS_NS:
+        if step and step >= COARSE_ARRIVALS_NS and not self.options.operators.spread:
             found.append(
                 f"the tape's arrivals are {step / NS_PER_S:.1f} s apart or together: its "
-                "bursts are those of its clock, not of its users"
+                "bursts are those of its clock, not of its users (--spread)"
+            )
+        if self.options.operators.thin is not None and not figures["sessions"]:
+            found.append(
+                "the tape knows no sessions: each request was kept or left by itself, so what "
+                "conversations shared is cut apart"
             )
         if self.source.dependent:
             found.append(
@@ -380,6 +391,9 @@ class Plan:
         for name, form in self.target.forms.items():
             lines.append(f"  prompts on {name}: {form.rung}")
             lines.append(f"  output length on {name}: {form.pinning}")
+        lines += (
+            ["  what each step makes of the load:", *self.shapes.lines()] if self.shapes else []
+        )
         lines += [f"  left out: {n} {reason}" for reason, n in f["left_out"].items()]
         lines += [f"  note: {warning}" for warning in self.warnings()]
         return "\n".join(lines)
@@ -398,15 +412,22 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     if options.endpoint not in ("recorded", *ENDPOINTS):
         raise UsageError(f"--endpoint {options.endpoint}: give recorded, completions or chat")
     tape = open_tape(options.source)
-    source, offered = read_source(tape, include_failed=options.include_failed)
+    step_ns = tape.facts.get("arrival_resolution_ns")
+    operators = options.operators.operators(options.seed, options.speed, step_ns)
+    source, offered = read_source(
+        tape, include_failed=options.include_failed, with_kin=bool(operators)
+    )
+    shapes = Shapes(source, operators) if operators or options.speed != 1 else None
     wanted = ScheduleOptions(
-        options.speed, options.window, options.max_requests, options.max_tokens
+        options.speed, options.window, options.max_requests, options.max_tokens, operators
     )
     try:
-        schedule = make_schedule(offered, wanted)
+        schedule = make_schedule(offered, wanted, shapes)
     except ValueError as error:
         raise UsageError(f"--speed: {error}") from None
     whole = len(schedule.due_ns)
+    if shapes is not None and options.speed != 1:
+        shapes.sped(_factor(options.speed), schedule)
     if whole and options.shard:
         sessions = of_copies(source.sessions[schedule.source_index], schedule.copy_index)
         shard = shard_of(sessions, options.shard.count)
@@ -423,7 +444,7 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
         target = unprobed(address, headers, options.model or "unknown", endpoints)
     else:
         target = asyncio.run(find_target(address, headers, options.model, endpoints))
-    return Plan(options, source, schedule, target, tape.facts, not offline, whole)
+    return Plan(options, source, schedule, target, tape.facts, not offline, whole, shapes)
 
 
 def is_private(url: str) -> bool:

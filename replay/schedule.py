@@ -11,6 +11,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from tokentape.replay.operators import Kin, Operator, Selected, Watch, operate
+
 Ints = NDArray[np.int64]
 
 NS_PER_S = 1_000_000_000
@@ -25,7 +27,8 @@ class Offered:
     """What a tape offers to a plan; one entry per request, in any order.
 
     `reason` numbers an entry of `reasons`: 0 is to be replayed, anything else is left out.
-    `duration_ns` (recorded or guessed) only sizes the connection pool.
+    `duration_ns` (recorded or guessed) only sizes the connection pool. `kin`: who stays together
+    when operators choose; None: each request is by itself.
     """
 
     arrival_ns: Ints
@@ -34,16 +37,21 @@ class Offered:
     duration_ns: Ints
     reason: NDArray[np.int8]
     reasons: tuple[str, ...] = ("",)
+    kin: Kin | None = None
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """`window` is (from, to) in ns after the tape's first arrival; `to` itself is outside."""
+    """`window` is (from, to) in ns after the tape's first arrival; `to` itself is outside.
+
+    Operators work on the recorded times of what is in the window; the speed comes after them.
+    """
 
     speed: Fraction = Fraction(1)
     window: tuple[int | None, int | None] = (None, None)
     max_requests: int | None = None
     max_tokens: int | None = None
+    operators: tuple[Operator, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,37 +122,48 @@ def _parts(count: int) -> list[slice]:
     return [slice(at, min(at + PART, count)) for at in range(0, count, PART)]
 
 
-def make_schedule(offered: Offered, options: ScheduleOptions) -> Schedule:
+def make_schedule(
+    offered: Offered, options: ScheduleOptions, watch: Watch | None = None
+) -> Schedule:
     """The plan of a replay.
 
     Requests with one arrival keep the tape's order. The limits cut the end of the plan off, so a
-    limited plan is the beginning of the full one.
+    limited plan is the beginning of the full one. `watch` is told the load before and after each
+    operator. Raises UsageError for an operator that cannot be applied to this tape.
     """
     left_out: dict[str, NDArray[np.int32]] = {}
     order, arrival = _in_order(offered.arrival_ns)
+    copy = np.zeros(len(order), dtype=np.int16)
 
     def keep_only(kept: NDArray[np.bool_], reason: str) -> None:
-        nonlocal order, arrival
+        nonlocal order, arrival, copy
         if not kept.all():
             left_out[reason] = order[~kept]
-            order, arrival = order[kept], arrival[kept]
+            order, arrival, copy = order[kept], arrival[kept], copy[kept]
 
     keep_only(_inside(arrival, options.window), OUTSIDE_WINDOW)
     for number, reason in enumerate(offered.reasons[1:], 1):
         keep_only(offered.reason[order] != number, reason)
+    recorded_span_ns = int(arrival[-1] - arrival[0]) if len(arrival) else 0
+    if options.operators or watch:
+        chosen = Selected(arrival, order, copy)
+        kin = offered.kin or Kin.nobody(len(offered.arrival_ns))
+        chosen, gone = operate(chosen, options.operators, kin, watch or (lambda *_: None))
+        order, arrival, copy = chosen.row, chosen.time_ns, chosen.copy
+        left_out |= gone
     if options.max_requests is not None:
         keep_only(np.arange(len(order)) < options.max_requests, MAX_REQUESTS)
     if options.max_tokens is not None:
         tokens = np.cumsum(offered.input_tokens[order], dtype=np.int64)
         tokens += np.cumsum(offered.output_tokens[order], dtype=np.int64)
         keep_only(tokens <= options.max_tokens, MAX_TOKENS)
-    recorded = arrival - arrival[0] if len(arrival) else arrival
-    due = scale_ns(recorded, options.speed)
+    since_first = arrival - arrival[0] if len(arrival) else arrival
+    due = scale_ns(since_first, options.speed)
     return Schedule(
         due_ns=due,
         source_index=order,
-        copy_index=np.zeros(len(order), dtype=np.int16),
-        recorded_span_ns=int(recorded[-1]) if len(recorded) else 0,
+        copy_index=copy,
+        recorded_span_ns=recorded_span_ns,
         peak_per_s=most_within(due, NS_PER_S),
         peak_in_flight=most_in_flight(due, offered.duration_ns[order]),
         left_out=left_out,

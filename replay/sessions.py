@@ -46,13 +46,13 @@ def _digests(text: NDArray[np.uint8], starts: Any, lengths: Any, words: int) -> 
     for place in range(8 * words):
         rows = np.flatnonzero(lengths > place) if place >= 8 * (words - 1) else slice(None)
         cells[rows, place] = text[starts[rows] + place]
-    digests = _mixed(lengths.astype(np.uint64) + _BASE)
+    digests = mixed(lengths.astype(np.uint64) + _BASE)
     for word in cells.view("<u8").T:
-        digests = _mixed((digests ^ word) + _BASE)
+        digests = mixed((digests ^ word) + _BASE)
     return np.asarray(np.maximum(digests, np.uint64(1)))
 
 
-def _mixed(x: Digests) -> Digests:
+def mixed(x: Digests) -> Digests:
     x = (x ^ (x >> _S30)) * _MIX_1
     x = (x ^ (x >> _S27)) * _MIX_2
     return x ^ (x >> _S31)
@@ -111,5 +111,5 @@ def shard_of(sessions: Any, count: int) -> Numbers:
     renumbered[found] = rank[first[found]]
     rank[~alone] = renumbered[sessions[~alone]]
     rounds, place = np.divmod(rank, np.int32(count))
-    begin = _mixed(rounds.astype(np.uint64) + _BASE) % np.uint64(count)
+    begin = mixed(rounds.astype(np.uint64) + _BASE) % np.uint64(count)
     return np.asarray((place + begin.astype(np.int32)) % np.int32(count), dtype=np.int32)

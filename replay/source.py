@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tokentape.replay.operators import Kin
 from tokentape.replay.rows import Group, TapeRows
 from tokentape.replay.schedule import NS_PER_S, Ints, Offered
 from tokentape.replay.sessions import numbered, text_digests
@@ -67,8 +68,13 @@ class Source:
         return len(self.input_tokens)
 
 
-def read_source(tape: Tape, *, include_failed: bool = False) -> tuple[Source, Offered]:
-    """Read what a replay needs; TapeError when the tape holds no request at all."""
+def read_source(
+    tape: Tape, *, include_failed: bool = False, with_kin: bool = False
+) -> tuple[Source, Offered]:
+    """Read what a replay needs; TapeError when the tape holds no request at all.
+
+    `with_kin`: operators will choose, so tell them who stays together (8 bytes a request).
+    """
     if not tape.rows:
         rest = f" ({tape.unsealed_rows} rows unsealed: run recover)" if tape.unsealed_rows else ""
         raise TapeError(f"{tape.path}: holds no request{rest}")
@@ -81,6 +87,7 @@ def read_source(tape: Tape, *, include_failed: bool = False) -> tuple[Source, Of
     inputs, outputs = scan.input_tokens(guessed), scan.output_tokens(guessed)
     scan.guess_durations()
     reason, reasons = scan.reasons()
+    sessions = numbered(scan.sessions)
     offered = Offered(
         arrival_ns=scan.arrival_ns,
         input_tokens=inputs,
@@ -88,6 +95,7 @@ def read_source(tape: Tape, *, include_failed: bool = False) -> tuple[Source, Of
         duration_ns=scan.duration_ns,
         reason=reason,
         reasons=reasons,
+        kin=Kin(sessions, scan.sessions) if with_kin else None,
     )
     source = Source(
         tape_id=str(tape.facts["tape_id"]),
@@ -97,7 +105,7 @@ def read_source(tape: Tape, *, include_failed: bool = False) -> tuple[Source, Of
         chat=scan.chat,
         stream=scan.stream,
         several_choices=scan.several_choices,
-        sessions=numbered(scan.sessions),
+        sessions=sessions,
         dependent=scan.dependent,
         with_blocks=scan.with_blocks,
         approximate_blocks=scan.approximate_blocks,

@@ -15,6 +15,8 @@ PARSERS: list[Callable[[str, str], object]] = [
     units.duration_ns,
     units.window_ns,
     units.factor,
+    units.times,
+    units.repeats,
     units.percent,
     units.rate_per_s,
     units.address,
@@ -211,3 +213,13 @@ def test_an_instant_is_read_to_the_nanosecond(text: str, wanted: int) -> None:
 def test_what_is_no_instant_is_refused_and_an_offset_is_a_must(text: str) -> None:
     with pytest.raises(UsageError, match=r"--start-at .*: need an instant"):
         units.instant_unix_ns("--start-at", text)
+
+
+def test_how_often_is_a_number_with_or_without_its_x() -> None:
+    assert units.times("--multiply", "3") == 3
+    assert units.times("--multiply", "2.5x") == Fraction(5, 2)
+    assert units.repeats("--loop", "30m") == (1800 * 10**9, None)
+    assert units.repeats("--loop", "2.5x") == (None, Fraction(5, 2))
+    for text in ("0x", "0s", "3", "x"):
+        with pytest.raises(UsageError, match=r"^--loop .*need how long or how often"):
+            units.repeats("--loop", text)

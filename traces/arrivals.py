@@ -63,7 +63,7 @@ def arrivals_of(times_ns: NDArray[np.int64]) -> Arrivals:
         most_per_s=most_within(times, NS_PER_S),
         instants=len(between) + 1,
         cv=float(gaps.std() / gaps.mean()),
-        dispersion=_dispersion(times - first, span_ns, window_s),
+        dispersion=dispersion(times, window_s * NS_PER_S),
         window_s=window_s,
         step_ns=step_ns,
         usual_gap_ns=int(np.median(between)),
@@ -73,11 +73,14 @@ def arrivals_of(times_ns: NDArray[np.int64]) -> Arrivals:
     )
 
 
-def _dispersion(since_ns: NDArray[np.int64], span_ns: int, window_s: int) -> float | None:
-    """Over whole windows only; None for fewer than two."""
-    width_ns = window_s * NS_PER_S
-    windows = span_ns // width_ns
-    if windows < 2:
+def dispersion(sorted_ns: NDArray[np.int64], width_ns: int) -> float | None:
+    """The index of dispersion over whole windows of a width.
+
+    None for fewer than two windows, or for so many that they would not fit into memory.
+    """
+    since_ns = sorted_ns - sorted_ns[:1]
+    windows = int(since_ns[-1]) // width_ns if len(since_ns) else 0
+    if not 2 <= windows <= 20 * MOST_WINDOWS:
         return None
     inside = since_ns[since_ns < windows * width_ns]
     counts = np.bincount(inside // width_ns, minlength=windows)

@@ -39,7 +39,24 @@ def replay(
         str | None,
         typer.Option(metavar="FROM..TO", help="Only what arrived then, such as 0s..10m."),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the synthesized prompts.")] = 0,
+    thin: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Only 50% of the sessions, each whole.")
+    ] = None,
+    multiply: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="3 or 2.5x: copies moved in time, no prefix in common."),
+    ] = None,
+    loop: Annotated[
+        str | None,
+        typer.Option(metavar="END", help="Repeat the tape for 30m, or 3x; no prefix in common."),
+    ] = None,
+    spread: Annotated[
+        bool,
+        typer.Option("--spread", help="Spread arrivals over the step of the tape's coarse clock."),
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of the synthesized prompts, and of what is drawn.")
+    ] = 0,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Model to ask for; else the candidate's own.")
     ] = None,
@@ -126,12 +143,14 @@ def replay(
     Requests are sent when they are due, whatever the candidate does. Prompts are synthesized to the
     recorded lengths. The plan is printed first; the verdict says if the client's own clock held.
     """
+    from tokentape.replay.operators import Asked
     from tokentape.replay.run import ReplayOptions, make_plan
     from tokentape.replay.sessions import Shard
     from tokentape.replay.start import check_start
 
     if tape is None and not plan:
         raise UsageError("--tape: name the folder of the run's tape (only --plan needs none)")
+    loop_ns, loop_passes = units.repeats("--loop", loop) if loop is not None else (None, None)
     options = ReplayOptions(
         source=source,
         to=to,
@@ -152,6 +171,13 @@ def replay(
         else None,
         precise=precise,
         include_failed=include_failed,
+        operators=Asked(
+            thin=units.percent("--thin", thin) if thin is not None else None,
+            multiply=units.times("--multiply", multiply) if multiply is not None else None,
+            loop_ns=loop_ns,
+            loop_passes=loop_passes,
+            spread=spread,
+        ),
         workers=workers,
         shard=Shard(*units.part("--shard", shard)) if shard is not None else None,
         start_at_unix_ns=units.instant_unix_ns("--start-at", start_at) if start_at else None,

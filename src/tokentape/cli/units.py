@@ -15,6 +15,7 @@ from tokentape.traces.errors import UsageError
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 _DURATION = re.compile(_NUMBER + "(ns|us|ms|s|m|h)")
 _FACTOR = re.compile(_NUMBER + "x")
+_TIMES = re.compile(_NUMBER + "x?")
 _PERCENT = re.compile(_NUMBER + "%")
 _RATE = re.compile(_NUMBER + "/(s|m|h)")
 _PART = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
@@ -30,6 +31,8 @@ _LAST_PORT = 65535
 DURATION_FORM = "a duration such as 500ms, 90s or 5m"
 WINDOW_FORM = "a window such as 0s..10m, 30s.. or ..10m"
 FACTOR_FORM = "a factor above zero such as 2x or 0.5x"
+TIMES_FORM = "a number above zero such as 3 or 2.5x"
+REPEATS_FORM = "how long or how often, such as 30m or 3x"
 PERCENT_FORM = "a share from 0% to 100% such as 50%"
 RATE_FORM = "a rate above zero such as 10/s or 600/m"
 SHARD_FORM = "I/N with I from 0 to N-1, such as 0/4"
@@ -64,6 +67,22 @@ def factor(option: str, text: str) -> Fraction:
     if not value:
         raise _refusal(option, text, FACTOR_FORM)
     return value
+
+
+def times(option: str, text: str) -> Fraction:
+    """How often: the number of `3` or `2.5x`, exactly; above zero."""
+    value = _number(_TIMES, text)
+    if not value:
+        raise _refusal(option, text, TIMES_FORM)
+    return value
+
+
+def repeats(option: str, text: str) -> tuple[int | None, Fraction | None]:
+    """(ns, None) of `30m`, or (None, factor) of `3x`; above zero."""
+    duration, factor_ = _duration(text), _number(_FACTOR, text)
+    if not duration and not factor_:
+        raise _refusal(option, text, REPEATS_FORM)
+    return duration or None, factor_ or None
 
 
 def percent(option: str, text: str) -> Fraction:
