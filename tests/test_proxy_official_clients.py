@@ -4,6 +4,7 @@ import asyncio
 import json
 import urllib.request
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import aiohttp
@@ -145,6 +146,25 @@ def test_the_openai_client_reads_a_stream_unchanged_with_and_without_async(stage
     assert both(stage, path, ask) == both(stage, path, ask_async)
     rows = stage.rows(path, 2)
     assert [(r["outcome"], len(r["off_us"])) for r in rows] == [("ok", 3)] * 2
+
+
+def test_a_conversation_of_a_client_that_names_no_session_is_one_session(stage: Stage) -> None:
+    path = stage.play(streams([*sse(OPENAI), b"data: [DONE]\n\n"]))
+    path = path.replace("v1/completions", "chat/completions")
+    base = f"http://{stage.host}:{stage.port}/{path.split('/')[1]}"
+    with openai.OpenAI(base_url=base, api_key="sk-x", max_retries=0) as client:
+        messages: list[Any] = [{"role": "system", "content": "be brief"}]
+        for question in ("a", "b", "c"):
+            messages.append({"role": "user", "content": question})
+            got = client.chat.completions.create(model="m", messages=messages, stream=True)
+            answer = "".join(c.choices[0].delta.content or "" for c in got)
+            messages.append({"role": "assistant", "content": answer})
+    rows = stage.rows(path, 3)
+    assert len({row["session_id"] for row in rows}) == 1
+    assert [row["turn_index"] for row in rows] == [0, 1, 2]
+    for before, after in pairwise(rows):
+        assert after["parents"] == [before["request_id"]]
+        assert after["think_ns"] == after["arrival_ns"] - before["end_ns"] > 0
 
 
 def test_plain_python_clients_read_the_same_bytes(stage: Stage) -> None:

@@ -106,11 +106,15 @@ def test_a_stream_that_was_open_in_a_killed_worker_is_a_cut_row(tmp_path: Path) 
             client.sendall(post("/v1/completions", BODY))
             want = HEAD + chunk(event(0)) + chunk(event(1))
             assert receive(client, len(want)) == want
-            os.kill(workers(proxy)[0], signal.SIGKILL)
+            # Traffic goes first: that the next client is served shows that the last was recorded.
+            with socket.create_connection((proxy.host, proxy.port), timeout=10) as other:
+                other.sendall(post("/v1/completions", BODY))
+                assert receive(other, len(HEAD)) == HEAD
+                os.kill(workers(proxy)[0], signal.SIGKILL)
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(1) == b""
         proxy.stop()
-    (row,) = proxy.rows()
+    row, _ = sorted(proxy.rows(), key=lambda r: r["arrival_ns"])
     assert row["outcome"] == "cut"
     assert len(row["off_us"]) == 2  # what was in shared memory was not lost with the process
     sound(proxy.tape)

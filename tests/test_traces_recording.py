@@ -24,7 +24,11 @@ from tokentape.traces.reader import open_tape
 from tokentape.traces.recording import MEMORY_BYTES, STREAM_BYTES, Recorder
 from tokentape.traces.recover import recover
 
-HEAD = (b"POST", b"/v1/completions?api_key=sk-canary", [(b"Authorization", b"Bearer sk-canary")])
+HEAD = (
+    b"POST",
+    b"/v1/completions?api_key=sk-canary",
+    [(b"Authorization", b"Bearer sk-canary"), (b"X-Session-Id", b"sk-canary")],
+)
 BODY = json.dumps({"model": "m", "prompt": "word " * 300, "stream": True, "max_tokens": 3}).encode()
 SSE = [(b"Content-Type", b"text/event-stream")]
 

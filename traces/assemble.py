@@ -20,6 +20,7 @@ from tokentape.traces.open_request import OpenRequest, State, Unfinished
 from tokentape.traces.privacy import Privacy
 from tokentape.traces.retry_after import retry_after_s
 from tokentape.traces.schema import INSTANTS, INTEGER_BOUNDS, allowed
+from tokentape.traces.turns import Turns
 from tokentape.traces.wire import Reply, ReplyParser, head_columns, read_request, wire_format
 from tokentape.traces.wire.encoding import CODINGS, coding_of, decoded
 from tokentape.traces.wire.reply import StreamParser
@@ -68,6 +69,7 @@ class Assembler:
         self.reads = 0  # pieces of replies
         self.lost_reads = 0  # of requests that another writer had, or whose row is closed
         self._bodies_bytes = 0
+        self._turns = Turns(privacy)
 
     def take(self, block: memoryview) -> None:
         """Read every record of a block."""
@@ -161,6 +163,7 @@ class Assembler:
         request = OpenRequest(row)
         if head is not None:
             row.update(self._head_columns(*head))
+            request.turn = self._turns.told_by_head(head[2])
             request.coding = coding_of(_coding(head[2]) or "")
         else:
             request.body = None
@@ -217,6 +220,7 @@ class Assembler:
             columns["parse_status"] = trouble
         elif body:
             facts = read_request(request.row["endpoint"], body)
+            self._turns.told_by_body(request.turn, facts)
             columns |= facts.columns | self._privacy.blocks(facts.prompt)
         request.row.update(columns)
         self._sink.learned(stream, self._visible(columns))
@@ -285,6 +289,8 @@ class Assembler:
         if request.beyond or request.missed or row.get("events_dropped"):
             _admit_unread(row, request.beyond, request.missed)
         _mark_early(row)
+        if "session_id" not in row:  # a replay knows it beforehand
+            row.update(self._turns.close(request.turn, row))
         visible = self._visible(row)
         del self.open[stream]
         self._sink.finished(stream, visible)

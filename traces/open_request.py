@@ -12,6 +12,7 @@ import msgspec
 
 from tokentape.traces.chunked import ChunkDecoder
 from tokentape.traces.schema import INSTANTS
+from tokentape.traces.turns import Turn
 from tokentape.traces.wire import ReplyParser, reply_parser
 from tokentape.traces.wire.reply import Progress, StreamParser, UnreadParser
 
@@ -66,6 +67,7 @@ class OpenRequest:
         "row",
         "stamps_missing",
         "state",
+        "turn",
     )
 
     def __init__(self, row: dict[str, Any]) -> None:
@@ -84,6 +86,7 @@ class OpenRequest:
         self.journaled = (0, 0)
         self.state: State | None = None  # as journaled last
         self.beyond = 0  # pieces of the reply that came after MAX_EVENTS
+        self.turn = Turn()
         self.missed = 0  # messages that a dead writer held a part of
 
     def read_reply_as(self, content_type: str) -> None:

@@ -21,6 +21,7 @@ import msgspec
 from tokentape.traces import blocks, retry_after
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import TapeError
+from tokentape.traces.words import SESSION_HEADERS
 from tokentape.traces.writer_life import WriterLife
 
 FLUSH_EVERY_S = 0.1
@@ -40,6 +41,7 @@ READ_HEADERS = frozenset(
         b"content-type",
         b"content-encoding",
         *retry_after.NAMES,
+        *SESSION_HEADERS,
         b"x-queue-time",  # these two by `wire/tgi.py`
         b"x-inference-time",
     }

@@ -71,7 +71,7 @@ def _columns() -> Iterable[Column]:
         otel="gen_ai.conversation.id",
     )
     yield c("session_source", text, "how the session was found: header, body, prefix, trace, plan")
-    yield c("turn_index", i32, "position in the session, from 0")
+    yield c("turn_index", i32, "position in the session, from 0; a capture counts along parents")
     yield c("parents", pa.list_(uuid_t), "requests that had to end before this one was offered")
     yield c("attempt", i16, "1 for the first try; a retry is a row of its own")
     yield c("retry_of", uuid_t, "the attempt that this one repeats")

@@ -19,3 +19,10 @@ CLOCKS = ("kernel", "callback", "coroutine", "wall")  # best first; a row keeps 
 
 Mode = Literal["none", "structure", "full"]
 MODES: tuple[Mode, ...] = ("none", "structure", "full")  # each holds what the one before it holds
+
+# Request headers by which clients name a session; the first that is there counts.
+SESSION_HEADERS = (
+    *(b"x-session-id", b"session-id", b"session_id"),
+    *(b"x-conversation-id", b"conversation-id", b"conversation_id"),
+    *(b"helicone-session-id", b"x-litellm-session-id"),
+)

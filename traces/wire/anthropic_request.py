@@ -21,6 +21,7 @@ from tokentape.traces.wire.request_body import (
     few,
     known,
     prompt_of,
+    session_of,
     utf8,
 )
 
@@ -60,7 +61,7 @@ def read_messages(data: bytes | bytearray) -> RequestFacts:
     columns["message_count"] = len(messages)
     columns["image_count"] = few(sum(_images(message.get("content")) for message in messages))
     prompt = prompt_of(_conversation(tools, body.get("system"), messages)) if messages else None
-    return RequestFacts(known(columns), prompt)
+    return RequestFacts(known(columns), prompt, session_of(body))
 
 
 def _images(content: Any) -> int:

@@ -26,6 +26,7 @@ from tokentape.traces.wire.request_body import (
     few,
     known,
     prompt_of,
+    session_of,
     utf8,
 )
 
@@ -112,7 +113,8 @@ def read_chat(data: bytes | bytearray) -> RequestFacts:
     if body.get("logprobs") is True:
         asked = untrusted.whole_number(body.get("top_logprobs"), I16)
         columns["logprobs"] = max(1, asked or 0)
-    return RequestFacts(columns, prompt_of(_conversation(tools, messages)) if messages else None)
+    prompt = prompt_of(_conversation(tools, messages)) if messages else None
+    return RequestFacts(columns, prompt, session_of(body))
 
 
 def read_completions(data: bytes | bytearray) -> RequestFacts:
@@ -126,11 +128,12 @@ def read_completions(data: bytes | bytearray) -> RequestFacts:
         columns["logprobs"] = asked
     if batch and len(prompt) == 1:
         prompt = prompt[0]
+    facts = RequestFacts(columns, session=session_of(body))
     if isinstance(prompt, str):
-        return RequestFacts(columns, Prompt(text=b"".join(utf8(prompt))))
-    if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
-        return RequestFacts(columns, Prompt(tokens=prompt))
-    return RequestFacts(columns)  # several prompts have no single prefix
+        facts.prompt = Prompt(text=b"".join(utf8(prompt)))
+    elif isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
+        facts.prompt = Prompt(tokens=prompt)
+    return facts  # several prompts have no single prefix
 
 
 def _columns(body: Body, extra: dict[str, Any] | None = None) -> dict[str, Any]:

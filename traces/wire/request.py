@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class Prompt:
-    """Exactly one of the two.
+    """Tokens or text.
 
     tokens: the prompt as token ids. text: canonical bytes, in which the shared beginning of two
     conversations is a shared beginning of bytes.
@@ -18,11 +18,18 @@ class Prompt:
 
     tokens: list[int] | None = None
     text: bytes | bytearray | None = None
+    ends: list[int] = field(default_factory=list)  # of the messages in a text
 
 
 @dataclass
 class RequestFacts:
-    """Schema columns that the request gives, and its prompt where it has a single one."""
+    """Schema columns that the request gives, and its prompt where it has a single one.
+
+    session: what the client calls the session. previous: the id of the response that this request
+    follows. Both as they came: they must never be written as they are.
+    """
 
     columns: dict[str, Any] = field(default_factory=dict)
     prompt: Prompt | None = None
+    session: str | None = None
+    previous: str | None = None

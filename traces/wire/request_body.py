@@ -6,6 +6,7 @@ which the shared beginning of two conversations is a shared beginning of bytes.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from types import MappingProxyType
@@ -33,6 +34,11 @@ class Reading(NamedTuple):
     )  # closed lists of words that have no column
 
 
+_SESSIONS: Final = (
+    *("session_id", "conversation_id", "thread_id", "conversation", "litellm_session_id"),
+    "session_params",
+)
+_USER_SESSION: Final = re.compile(r"_session_[0-9a-f-]{36}$")
 _PIECE_CHARS: Final = 1 << 20  # of a long text that are encoded at once
 _split = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -110,9 +116,24 @@ ROLE_END, PART_END, MESSAGE_END, TOOLS_END = b"\x1f", b"\x1d", b"\x1e", b"\x1c"
 def prompt_of(pieces: Iterable[bytes]) -> Prompt | None:
     """The prompt that these pieces of canonical text make; None where there are none."""
     text = bytearray()
+    ends: list[int] = []
     for piece in pieces:
         text += piece
-    return Prompt(text=text) if text else None
+        if piece is MESSAGE_END:
+            ends.append(len(text))
+    return Prompt(text=text, ends=ends) if text else None
+
+
+def session_of(body: Body) -> str | None:
+    """What the client calls its session, where it says so in the body."""
+    told = [body.get(key) for key in _SESSIONS if key in body.raw]
+    if "metadata" in body.raw:
+        metadata = body.get("metadata")
+        told += [untrusted.at(metadata, key) for key in _SESSIONS]
+        user = untrusted.at(metadata, "user_id")  # of Claude Code, which puts its session there
+        told.append(user if isinstance(user, str) and _USER_SESSION.search(user) else None)
+    told = [untrusted.at(value, "id") if isinstance(value, dict) else value for value in told]
+    return next((value for value in told if isinstance(value, str) and value), None)
 
 
 def content(content: Any) -> Iterator[bytes]:

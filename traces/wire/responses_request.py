@@ -21,6 +21,7 @@ from tokentape.traces.wire.request_body import (
     few,
     known,
     prompt_of,
+    session_of,
     utf8,
 )
 
@@ -65,7 +66,12 @@ def read_responses(data: bytes | bytearray) -> RequestFacts:
     # What the server adds of an earlier response is not in the body: no prefix is known then.
     whole = body.get("previous_response_id") is None and body.get("conversation") is None
     pieces = _conversation(tools, body.get("instructions"), asked)
-    return RequestFacts(known(columns), prompt_of(pieces) if whole else None)
+    return RequestFacts(
+        known(columns),
+        prompt_of(pieces) if whole else None,
+        session_of(body),
+        untrusted.label(body.get("previous_response_id")),
+    )
 
 
 def _conversation(tools: Any, instructions: Any, asked: Any) -> Iterator[bytes]:

@@ -28,6 +28,7 @@ from tokentape.traces.wire.request_body import (
     extra_json,
     few,
     known,
+    session_of,
     utf8,
 )
 
@@ -75,11 +76,12 @@ def read_generate(data: bytes | bytearray) -> RequestFacts:
     batch = text if isinstance(text, list) else ids if _is_batch(ids) else ()
     extra = {"prompt_count": len(batch)} if len(batch) > 1 else {}
     columns["extra"] = extra_json(body, _READING, extra)
+    facts = RequestFacts(known(columns), session=session_of(body))
     if isinstance(text, str):
-        return RequestFacts(known(columns), Prompt(text=b"".join(utf8(text))))
-    if isinstance(ids, list) and ids and all(type(item) is int for item in ids):
-        return RequestFacts(known(columns), Prompt(tokens=ids))
-    return RequestFacts(known(columns))
+        facts.prompt = Prompt(text=b"".join(utf8(text)))
+    elif isinstance(ids, list) and ids and all(type(item) is int for item in ids):
+        facts.prompt = Prompt(tokens=ids)
+    return facts
 
 
 def _is_batch(ids: Any) -> bool:
