@@ -8,6 +8,7 @@ on the candidate.
 import asyncio
 import ipaddress
 import math
+import secrets
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -56,6 +57,7 @@ class ReplayOptions:
     speed: Fraction = Fraction(1)
     window: tuple[int | None, int | None] = (None, None)  # ns after the tape's first arrival
     seed: int = 0
+    namespace: str | None = None  # of the prompts; None: one that no other run has
     model: str | None = None
     headers: dict[str, str] = field(default_factory=dict, repr=False)
     key_env: str | None = None
@@ -82,6 +84,7 @@ class ReplayOptions:
             "speed": str(self.speed),
             "window_ns": list(self.window),
             "seed": self.seed,
+            "namespace": self.namespace,
             "model": self.model,
             "header_names": sorted(self.headers),
             "key_env": self.key_env,
@@ -133,6 +136,7 @@ class Plan:
             rows=source.rows,
             tape_id=source.tape_id,
             seed=self.options.seed,
+            namespace=self.options.namespace or "",
             wanted_endpoint=self.options.endpoint,
             target=self.target,
             peak_in_flight=schedule.peak_in_flight,
@@ -261,6 +265,7 @@ class Plan:
             "requests_of_all_shards": self.of_requests,
             "turns": "open",
             "seed": self.options.seed,
+            "namespace": self.options.namespace,
             "candidate": self.candidate(),
             "capacity": self.fit.as_dict(),
             "warnings": self.warnings(),
@@ -388,6 +393,11 @@ class Plan:
             )
         else:
             lines.append("  prefixes: the tape knows none, so no two prompts share one")
+        lines.append(
+            f"  cache: prompts of namespace {self.options.namespace}; other runs have others"
+            if self.options.namespace
+            else "  cache: the prompts of every --warm-cache run of this tape and seed"
+        )
         for name, form in self.target.forms.items():
             lines.append(f"  prompts on {name}: {form.rung}")
             lines.append(f"  output length on {name}: {form.pinning}")
@@ -405,6 +415,8 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     Raises UsageError for an option that cannot be right, TapeError for a source that cannot be
     read, TokentapeError for a candidate that is dead or refuses.
     """
+    if options.namespace is None:
+        options = replace(options, namespace=fresh_namespace(options))
     address = Address.parse(options.to, options.ca)
     if options.ca is not None:
         trust(options.ca)  # a bad file is found now
@@ -445,6 +457,16 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     else:
         target = asyncio.run(find_target(address, headers, options.model, endpoints))
     return Plan(options, source, schedule, target, tape.facts, not offline, whole, shapes)
+
+
+def fresh_namespace(options: ReplayOptions) -> str:
+    """A namespace that no run has had, lest a candidate's cache still holds the prompts of one.
+
+    All shards of a run have one: it follows from the instant at which they start.
+    """
+    if options.shard is not None:
+        return f"start-{options.start_at_unix_ns}"
+    return secrets.token_hex(8)
 
 
 def is_private(url: str) -> bool:

@@ -1,8 +1,9 @@
 """Synthesizes prompts of an exact length with the recorded prefix sharing, alike on every host.
 
-A prompt is a row of 64-bit draws, one per token: a block's draws follow from the tape, the seed and
-the block's hash, those after the last block from the request's own id. So prompts share exactly the
-prefixes whose hashes they share, and a tape without blocks gets prompts that share nothing.
+A prompt is a row of 64-bit draws, one per token: a block's draws follow from the tape, the seed,
+the run's namespace and the block's hash, those after the last block from the request's own id. So
+prompts share exactly the prefixes whose hashes they share, and a tape without blocks gets prompts
+that share nothing.
 Draws become token ids or words. Nothing here may depend on the process: never use `hash()`.
 """
 
@@ -71,12 +72,11 @@ NO_BLOCKS = Blocks(np.empty(0, dtype=np.int64), 1)
 
 
 class PromptSource:
-    """Draws of prompts for one tape and seed."""
+    """Draws of prompts for one tape and seed; other namespaces have other prompts throughout."""
 
-    def __init__(self, tape_id: str, seed: int) -> None:
-        self._root = blake2b(
-            f"{tape_id}\0{seed}".encode(), digest_size=16, person=b"tokentape"
-        ).digest()
+    def __init__(self, tape_id: str, seed: int, namespace: str = "") -> None:
+        told = f"{tape_id}\0{seed}" + (f"\0{namespace}" if namespace else "")
+        self._root = blake2b(told.encode(), digest_size=16, person=b"tokentape").digest()
 
     def draws(
         self, request_id: bytes, tokens: int, blocks: Blocks = NO_BLOCKS, *, copy: int = 0

@@ -38,6 +38,7 @@ class Share:
     rows: TapeRows
     tape_id: str
     seed: int
+    namespace: str
     wanted_endpoint: str  # recorded, completions or chat
     target: Target
     peak_in_flight: int
@@ -96,7 +97,7 @@ class Share:
 
     @cached_property
     def _prompts(self) -> PromptSource:
-        return PromptSource(self.tape_id, self.seed)
+        return PromptSource(self.tape_id, self.seed, self.namespace)
 
     @cached_property
     def _urls(self) -> dict[Endpoint, URL]:

@@ -56,7 +56,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(source: Path, server: Server, tape: Path, **changes: Any) -> Plan:
-    return make_plan(ReplayOptions(source=source, to=server.url, tape=tape, **changes))
+    return make_plan(
+        ReplayOptions(source=source, to=server.url, tape=tape, namespace="", **changes)
+    )
 
 
 def bodies(server: Server) -> Counter[str]:

@@ -11,6 +11,7 @@ import pytest
 
 from tokentape.replay.plan import ReplayOptions, make_plan
 from tokentape.replay.prompts import Length
+from tokentape.replay.sessions import Shard
 from tokentape.replay.targets import Form
 from tokentape.traces.errors import TapeError, UsageError
 from tokentape.traces.importers import import_trace
@@ -59,10 +60,25 @@ def test_two_plans_of_one_tape_send_the_same_bytes_and_another_seed_does_not(
     tmp_path: Path,
 ) -> None:
     source = tape(tmp_path / "t", [{"operation": o} for o in ("chat", "text_completion")])
-    plans = [make_plan(options(source, seed=seed), offline=True) for seed in (3, 3, 4)]
-    bodies = [[p.outgoing(i).body for i in range(2)] for p in plans]
-    assert bodies[0] == bodies[1]
-    assert all(a != b for a, b in zip(bodies[0], bodies[2], strict=True))
+    made = [
+        make_plan(options(source, seed=seed, namespace=name), offline=True)
+        for seed, name in ((3, ""), (3, ""), (4, ""), (3, "a"), (3, "a"), (3, None), (3, None))
+    ]
+    warm, again, *others = [[p.outgoing(i).body for i in range(2)] for p in made]
+    assert warm == again and others[1] == others[2]
+    distinct = [warm, *others[:2], *others[3:]]
+    assert len({body for bodies in distinct for body in bodies}) == 2 * len(distinct)
+
+
+def test_all_shards_of_a_run_have_the_namespace_of_their_start(tmp_path: Path) -> None:
+    source = tape(tmp_path / "t", [{"session_id": str(n)} for n in range(4)])
+    shards = [
+        make_plan(options(source, shard=Shard(i, 2), start_at_unix_ns=at), offline=True)
+        for at in (10**18, 10**18 + 1)
+        for i in range(2)
+    ]
+    names = [plan.json()["namespace"] for plan in shards]
+    assert names[0] == names[1] != names[2] == names[3]
 
 
 def test_each_request_goes_where_it_went_unless_an_endpoint_is_named(tmp_path: Path) -> None:

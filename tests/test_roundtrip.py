@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,6 +15,7 @@ import tokentape
 from proxied import capturing
 from tokentape.traces.check import check
 from tokentape.traces.reader import Tape, open_tape
+from tokentape.traces.writer import TapeWriter
 
 STEP_MS = 20.0
 PROFILE = f"step_ms = {STEP_MS}\nstep_ms_per_sequence = 0.0\nstep_ns_per_kv_token = 0.0\n"
@@ -134,3 +136,25 @@ def test_neither_prompt_nor_key_is_in_any_file(tapes: tuple[Tape, Tape]) -> None
             data = path.read_bytes()
             assert b"canary" not in data, path
             assert b"careful and patient" not in data, path
+
+
+def test_a_run_finds_nothing_of_the_run_before_it_in_the_cache_unless_it_is_to_be_warm(
+    engine: str, tmp_path: Path
+) -> None:
+    """Six prompts of four shared blocks of 128 tokens and one of their own, one after the other."""
+    writer = TapeWriter.create(tmp_path / "a.tape", role="import", command=[], options={}, facts={})
+    for n in range(6):
+        row = {"request_id": n.to_bytes(16), "arrival_ns": n * 100_000_000, "input_tokens": 640}
+        row |= {"block_hashes": [1, 2, 3, 4, 10 + n], "block_tokens": 128, "block_unit": "token"}
+        writer.append(row | {"output_tokens": 1, "stream": True})
+    writer.close()
+
+    def cached(run: str, *options: str) -> int:
+        to = ["--to", engine, "--tape", str(tmp_path / run), *options]
+        tokentape_json("replay", str(tmp_path / "a.tape"), *to)
+        return sum(open_tape(tmp_path / run).read(["cached_tokens"])["cached_tokens"].to_pylist())
+
+    fresh = [cached(f"fresh-{n}.tape") for n in range(2)]
+    assert fresh == [5 * 512, 5 * 512]
+    cached("cold.tape", "--warm-cache")
+    assert cached("warm.tape", "--warm-cache") > 5 * 512 + 512

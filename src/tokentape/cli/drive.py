@@ -57,6 +57,18 @@ def replay(
     seed: Annotated[
         int, typer.Option(metavar="N", help="Of the synthesized prompts, and of what is drawn.")
     ] = 0,
+    namespace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Of the prompts: runs that share it share them; else a new one."
+        ),
+    ] = None,
+    warm_cache: Annotated[
+        bool,
+        typer.Option(
+            "--warm-cache", help="The same prompts in each run: a candidate may have them cached."
+        ),
+    ] = False,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Model to ask for; else the candidate's own.")
     ] = None,
@@ -150,6 +162,10 @@ def replay(
 
     if tape is None and not plan:
         raise UsageError("--tape: name the folder of the run's tape (only --plan needs none)")
+    if warm_cache and namespace is not None:
+        raise UsageError("--warm-cache is the namespace without a name: give it or --namespace")
+    if namespace == "":
+        raise UsageError("--namespace: give a name, or --warm-cache")
     loop_ns, loop_passes = units.repeats("--loop", loop) if loop is not None else (None, None)
     options = ReplayOptions(
         source=source,
@@ -158,6 +174,7 @@ def replay(
         speed=units.factor("--speed", speed),
         window=units.window_ns("--window", window) if window is not None else (None, None),
         seed=seed,
+        namespace="" if warm_cache else namespace,
         model=model,
         headers=units.pairs("--header", header or []),
         key_env=key_env,
