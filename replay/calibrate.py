@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 
 from tokentape.replay.measures import CLOCKS, Ints
 from tokentape.replay.null_server import Truth, read_log
-from tokentape.replay.plan import Plan, ReplayOptions, make_plan
+from tokentape.replay.options import ReplayOptions
+from tokentape.replay.plan import Plan, make_plan
 from tokentape.replay.run import run_plan
 from tokentape.replay.schedule import NS_PER_S, most_in_flight, most_within
 from tokentape.replay.targets import Address, Headers, unprobed

@@ -8,11 +8,9 @@ on the candidate.
 import asyncio
 import ipaddress
 import math
-import secrets
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,23 +19,20 @@ import numpy as np
 from tokentape.replay.ahead import Outgoing
 from tokentape.replay.capacity import STREAM_GAP_S, TOKEN_BYTES, Demand, Fit, Machine
 from tokentape.replay.health import cores
-from tokentape.replay.operators import Asked
+from tokentape.replay.options import ReplayOptions
 from tokentape.replay.probe import find_target
 from tokentape.replay.reuse import repeated_blocks
 from tokentape.replay.schedule import NS_PER_S, Schedule, ScheduleOptions, make_schedule
-from tokentape.replay.sessions import Numbers, Shard, of_copies, shard_of
+from tokentape.replay.sessions import Numbers, of_copies, shard_of
 from tokentape.replay.shape import Shapes
 from tokentape.replay.share import Share, endpoint
 from tokentape.replay.source import Source, read_source
 from tokentape.replay.targets import (
-    ENDPOINTS,
     Address,
     Headers,
     Target,
-    redacted,
     unprobed,
 )
-from tokentape.replay.trust import trust
 from tokentape.traces.errors import UsageError
 from tokentape.traces.reader import open_tape
 
@@ -45,63 +40,6 @@ from tokentape.traces.reader import open_tape
 REQUESTS_PER_WORKER, EVENTS_PER_WORKER = 1_000, 25_000
 COARSE_ARRIVALS_NS = 100_000_000  # arrivals stamped no finer than this come in bursts of their own
 LOCAL_NAMES = (".local", ".internal", ".lan", ".home.arpa", ".localhost")  # RFC 6762, 8375; ICANN
-
-
-@dataclass
-class ReplayOptions:
-    """What a user asks for. `to`, `headers` and the variable `key_env` may hold secrets."""
-
-    source: Path
-    to: str = field(repr=False)  # may hold credentials
-    tape: Path | None = None
-    speed: Fraction = Fraction(1)
-    window: tuple[int | None, int | None] = (None, None)  # ns after the tape's first arrival
-    seed: int = 0
-    namespace: str | None = None  # of the prompts; None: one that no other run has
-    model: str | None = None
-    headers: dict[str, str] = field(default_factory=dict, repr=False)
-    key_env: str | None = None
-    ca: Path | None = None  # PEM of who signed the candidate's certificate
-    endpoint: str = "recorded"  # or completions, chat
-    max_requests: int | None = None
-    max_tokens: int | None = None
-    timeout_ns: int | None = None  # per request; None waits for ever
-    first_byte_timeout_ns: int | None = None  # of a stream's body
-    precise: bool = False  # wait for each due time awake: a core is busier, sends are exacter
-    include_failed: bool = False
-    workers: int = 1
-    shard: Shard | None = None
-    start_at_unix_ns: int | None = None
-    force: bool = False
-    operators: Asked = field(default_factory=Asked)
-    facts: dict[str, str] = field(default_factory=dict)
-    command: list[str] = field(default_factory=list, repr=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The options as a tape keeps them: header names without values."""
-        return {
-            "source": str(self.source),
-            "speed": str(self.speed),
-            "window_ns": list(self.window),
-            "seed": self.seed,
-            "namespace": self.namespace,
-            "model": self.model,
-            "header_names": sorted(self.headers),
-            "key_env": self.key_env,
-            "ca": str(self.ca) if self.ca else None,
-            "endpoint": self.endpoint,
-            "max_requests": self.max_requests,
-            "max_tokens": self.max_tokens,
-            "timeout_ns": self.timeout_ns,
-            "first_byte_timeout_ns": self.first_byte_timeout_ns,
-            "precise": self.precise,
-            "include_failed": self.include_failed,
-            **self.operators.as_dict(),
-            "workers": self.workers,
-            "shard": str(self.shard) if self.shard else None,
-            "start_at_unix_ns": self.start_at_unix_ns,
-            "command": redacted(self.command),
-        }
 
 
 @dataclass
@@ -137,6 +75,7 @@ class Plan:
             tape_id=source.tape_id,
             seed=self.options.seed,
             namespace=self.options.namespace or "",
+            session_header=self.options.session_header,
             wanted_endpoint=self.options.endpoint,
             target=self.target,
             peak_in_flight=schedule.peak_in_flight,
@@ -416,13 +355,10 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     read, TokentapeError for a candidate that is dead or refuses.
     """
     if options.namespace is None:
-        options = replace(options, namespace=fresh_namespace(options))
+        options = replace(options, namespace=options.fresh_namespace())
     address = Address.parse(options.to, options.ca)
-    if options.ca is not None:
-        trust(options.ca)  # a bad file is found now
     headers = Headers.gather(options.headers, options.key_env, address.userinfo)
-    if options.endpoint not in ("recorded", *ENDPOINTS):
-        raise UsageError(f"--endpoint {options.endpoint}: give recorded, completions or chat")
+    options.check()
     tape = open_tape(options.source)
     step_ns = tape.facts.get("arrival_resolution_ns")
     operators = options.operators.operators(options.seed, options.speed, step_ns)
@@ -457,16 +393,6 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     else:
         target = asyncio.run(find_target(address, headers, options.model, endpoints))
     return Plan(options, source, schedule, target, tape.facts, not offline, whole, shapes)
-
-
-def fresh_namespace(options: ReplayOptions) -> str:
-    """A namespace that no run has had, lest a candidate's cache still holds the prompts of one.
-
-    All shards of a run have one: it follows from the instant at which they start.
-    """
-    if options.shard is not None:
-        return f"start-{options.start_at_unix_ns}"
-    return secrets.token_hex(8)
 
 
 def is_private(url: str) -> bool:

@@ -19,7 +19,8 @@ import numpy as np
 
 from tokentape.replay.crew import Crew, Member
 from tokentape.replay.health import cores, return_memory
-from tokentape.replay.plan import Plan, ReplayOptions, make_plan
+from tokentape.replay.options import ReplayOptions
+from tokentape.replay.plan import Plan, make_plan
 from tokentape.replay.progress import Progress
 from tokentape.replay.sender import Sent
 from tokentape.replay.sending import run_loop, send_share

@@ -6,6 +6,8 @@ blocks are read from the tape when they are needed, so a request is the same who
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,8 @@ from tokentape.replay.prompts import PromptSource
 from tokentape.replay.rows import Positions, ReadAhead, TapeRows
 from tokentape.replay.schedule import Ints
 from tokentape.replay.targets import Endpoint, Target
+
+_UNQUOTED = "!#$%&'()*+,/:;=?@[]|<>{}^"  # of a session's name in a header: visible ASCII
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Share:
     tape_id: str
     seed: int
     namespace: str
+    session_header: str | None
     wanted_endpoint: str  # recorded, completions or chat
     target: Target
     peak_in_flight: int
@@ -93,7 +98,13 @@ class Share:
             "planned_output_tokens": output_tokens,
         }
         body = form.body(draws, output_tokens, stream=stream)
-        return Outgoing(self._urls[form.endpoint], self._headers, body, row)
+        return Outgoing(self._urls[form.endpoint], self._headers_of(row), body, row)
+
+    def _headers_of(self, row: dict[str, Any]) -> dict[str, str]:
+        session_id = row.get("session_id")
+        if self.session_header is None or session_id is None:
+            return self._headers
+        return self._headers | {self.session_header: quote(session_id, safe=_UNQUOTED)}
 
     @cached_property
     def _prompts(self) -> PromptSource:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tokentape.replay.capacity import Demand, Fit, Machine
-from tokentape.replay.plan import Plan, ReplayOptions, make_plan
+from tokentape.replay.options import ReplayOptions
+from tokentape.replay.plan import Plan, make_plan
 from tokentape.traces.errors import UsageError
 from tokentape.traces.writer import TapeWriter
 

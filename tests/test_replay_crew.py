@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from replay_server import Script, Seen, Server, Step, engine_like, serve, streamed
-from tokentape.replay.plan import Plan, ReplayOptions, make_plan
+from tokentape.replay.options import ReplayOptions
+from tokentape.replay.plan import Plan, make_plan
 from tokentape.replay.progress import Progress
 from tokentape.replay.run import run_plan
 from tokentape.replay.sessions import Shard

@@ -22,7 +22,8 @@ from tokentape.replay.operators import (
     Thin,
     operate,
 )
-from tokentape.replay.plan import Plan, ReplayOptions, make_plan
+from tokentape.replay.options import ReplayOptions
+from tokentape.replay.plan import Plan, make_plan
 from tokentape.replay.sessions import mixed
 from tokentape.traces.errors import UsageError
 from tokentape.traces.importers import import_trace

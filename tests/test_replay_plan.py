@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tokentape.replay.plan import ReplayOptions, make_plan
+from tokentape.replay.options import ReplayOptions
+from tokentape.replay.plan import make_plan
 from tokentape.replay.prompts import Length
 from tokentape.replay.sessions import Shard
 from tokentape.replay.targets import Form

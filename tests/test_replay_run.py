@@ -25,7 +25,8 @@ from replay_server import (
     streamed,
 )
 from tokentape.cli.drive import standing
-from tokentape.replay.run import Progress, ReplayOptions, RunSummary, make_plan, run_plan
+from tokentape.replay.options import ReplayOptions
+from tokentape.replay.run import Progress, RunSummary, make_plan, run_plan
 from tokentape.traces.errors import TokentapeError, UsageError
 from tokentape.traces.reader import Tape, open_tape
 from tokentape.traces.writer import TapeWriter
@@ -276,6 +277,15 @@ def test_session_and_block_columns_are_carried_over(tmp_path: Path) -> None:
     prompts = [s.json["prompt"] for s in server.generations]
     assert prompts[0][:16] == prompts[1][:16] == prompts[2][:16]
     assert prompts[0][16:20] != prompts[1][16:20]
+
+
+def test_each_request_tells_its_session_where_a_header_for_it_is_named(tmp_path: Path) -> None:
+    rows = [{"session_id": name} for name in ("a b", "a b", None, "größe")]
+    _, _, server = replay(tmp_path, rows, session_header="X-Session-Id")
+    told = [s.headers.get("x-session-id") for s in server.generations]
+    assert told == ["a%20b", "a%20b", None, "gr%C3%B6%C3%9Fe"]
+    with pytest.raises(UsageError, match="--session-header: a header's name"):
+        replay(tmp_path / "b", rows, session_header="x: y")
 
 
 def test_a_run_tells_what_is_left_and_the_mean_times_of_replies_so_far(tmp_path: Path) -> None:

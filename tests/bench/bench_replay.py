@@ -35,7 +35,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokentape.replay.ahead import Outgoing
-from tokentape.replay.plan import Plan, ReplayOptions, make_plan
+from tokentape.replay.options import ReplayOptions
+from tokentape.replay.plan import Plan, make_plan
 from tokentape.replay.progress import Progress
 from tokentape.replay.run import run_plan
 from tokentape.traces.reader import Tape, open_tape

@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 
 from tokentape.replay.calibrate import null_server
-from tokentape.replay.plan import ReplayOptions, make_plan
+from tokentape.replay.options import ReplayOptions
+from tokentape.replay.plan import make_plan
 from tokentape.replay.run import run_plan
 from tokentape.traces.reader import open_tape
 from tokentape.traces.schema import REQUESTS

@@ -39,7 +39,8 @@ def calibrate(
     """
     from tokentape.replay.calibrate import calibrate as measure
     from tokentape.replay.calibrate import plain_plan
-    from tokentape.replay.plan import ReplayOptions, make_plan
+    from tokentape.replay.options import ReplayOptions
+    from tokentape.replay.plan import make_plan
 
     span_ns = units.duration_ns("--duration", duration)
     if span_ns <= 0:

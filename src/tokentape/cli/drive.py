@@ -79,6 +79,10 @@ def replay(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Sent with each request, never recorded."),
     ] = None,
+    session_header: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Tell each request's session in this header."),
+    ] = None,
     key_env: Annotated[
         str | None, typer.Option(metavar="VAR", help="Environment variable that holds the API key.")
     ] = None,
@@ -156,7 +160,8 @@ def replay(
     recorded lengths. The plan is printed first; the verdict says if the client's own clock held.
     """
     from tokentape.replay.operators import Asked
-    from tokentape.replay.run import ReplayOptions, make_plan
+    from tokentape.replay.options import ReplayOptions
+    from tokentape.replay.run import make_plan
     from tokentape.replay.sessions import Shard
     from tokentape.replay.start import check_start
 
@@ -175,6 +180,7 @@ def replay(
         window=units.window_ns("--window", window) if window is not None else (None, None),
         seed=seed,
         namespace="" if warm_cache else namespace,
+        session_header=session_header,
         model=model,
         headers=units.pairs("--header", header or []),
         key_env=key_env,

@@ -1,0 +1,90 @@
+"""What a user asks of a replay, checked as far as that goes without the tape and the candidate."""
+
+import secrets
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from tokentape.replay.operators import Asked
+from tokentape.replay.sessions import Shard
+from tokentape.replay.targets import ENDPOINTS, HEADER_NAME, redacted
+from tokentape.replay.trust import trust
+from tokentape.traces.errors import UsageError
+
+
+@dataclass
+class ReplayOptions:
+    """What a user asks for. `to`, `headers` and the variable `key_env` may hold secrets."""
+
+    source: Path
+    to: str = field(repr=False)  # may hold credentials
+    tape: Path | None = None
+    speed: Fraction = Fraction(1)
+    window: tuple[int | None, int | None] = (None, None)  # ns after the tape's first arrival
+    seed: int = 0
+    namespace: str | None = None  # of the prompts; None: one that no other run has
+    session_header: str | None = None  # by which each request tells its session
+    model: str | None = None
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    key_env: str | None = None
+    ca: Path | None = None  # PEM of who signed the candidate's certificate
+    endpoint: str = "recorded"  # or completions, chat
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    timeout_ns: int | None = None  # per request; None waits for ever
+    first_byte_timeout_ns: int | None = None  # of a stream's body
+    precise: bool = False  # wait for each due time awake: a core is busier, sends are exacter
+    include_failed: bool = False
+    workers: int = 1
+    shard: Shard | None = None
+    start_at_unix_ns: int | None = None
+    force: bool = False
+    operators: Asked = field(default_factory=Asked)
+    facts: dict[str, str] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as a tape keeps them: header names without values."""
+        return {
+            "source": str(self.source),
+            "speed": str(self.speed),
+            "window_ns": list(self.window),
+            "seed": self.seed,
+            "namespace": self.namespace,
+            "session_header": self.session_header,
+            "model": self.model,
+            "header_names": sorted(self.headers),
+            "key_env": self.key_env,
+            "ca": str(self.ca) if self.ca else None,
+            "endpoint": self.endpoint,
+            "max_requests": self.max_requests,
+            "max_tokens": self.max_tokens,
+            "timeout_ns": self.timeout_ns,
+            "first_byte_timeout_ns": self.first_byte_timeout_ns,
+            "precise": self.precise,
+            "include_failed": self.include_failed,
+            **self.operators.as_dict(),
+            "workers": self.workers,
+            "shard": str(self.shard) if self.shard else None,
+            "start_at_unix_ns": self.start_at_unix_ns,
+            "command": redacted(self.command),
+        }
+
+    def check(self) -> None:
+        """UsageError for what can be seen to be wrong here."""
+        if self.ca is not None:
+            trust(self.ca)
+        if self.session_header is not None and not HEADER_NAME.fullmatch(self.session_header):
+            raise UsageError("--session-header: a header's name has no spaces and no colon")
+        if self.endpoint not in ("recorded", *ENDPOINTS):
+            raise UsageError(f"--endpoint {self.endpoint}: give recorded, completions or chat")
+
+    def fresh_namespace(self) -> str:
+        """A namespace that no run has had: no candidate's cache holds prompts of it.
+
+        All shards of a run have one: it follows from the instant at which they start.
+        """
+        if self.shard is not None:
+            return f"start-{self.start_at_unix_ns}"
+        return secrets.token_hex(8)
