@@ -52,6 +52,7 @@ class Report(ReportRows):
             self._distributions("latency (outcome ok)", LATENCY, width),
             self._stalls(width),
             self._phases(width),
+            self._calibration(width),
             self._interference(width),
             self._goodput(width),
             self._rates(width),
@@ -240,6 +241,24 @@ class Report(ReportRows):
         return (
             display.table(head, rows, width, texts=2) if rows else none[: self.phases is not None]
         )
+
+    def _calibration(self, width: int) -> list[str]:
+        """Sums of the phases beside those of the server's own histograms, where it has some."""
+        rows = []
+        for c in self.calibration or []:
+            asked = ("tape", "tape_lo", "tape_hi", "server")
+            tape, low, high, server = (
+                display.duration(None if c[f"{name}_s"] is None else 1e9 * c[f"{name}_s"])
+                for name in asked
+            )
+            between = f"{low} .. {high}" if c["tape_lo_s"] is not None else ""
+            counts = (display.count(c["requests"]), display.count(int(c["server_requests"] or 0)))
+            ratio = display.figure(c["tape_over_server"])
+            told = c["method"] or display.NOTHING
+            rows.append([c["run"], c["phase"], told, tape, between, server, ratio, *counts])
+        head = ["phases, sum", "phase", "told by", "tape", "between", "/metrics", "tape / metrics"]
+        head += ["n", "n of /metrics"]
+        return display.table(head, rows, width, texts=3) if rows else []
 
     def _interference(self, width: int) -> list[str]:
         rows = []

@@ -52,6 +52,7 @@ class ReportRows:
     prefixes: list[Row]
     phases: list[Row] | None
     interference: list[Row] | None
+    calibration: list[Row] | None
 
     def as_dict(self) -> Row:
         """The tidy rows and the facts, for JSON: stable keys, NULL as None."""
@@ -68,6 +69,7 @@ class ReportRows:
             "prefixes": self.prefixes,
             "phases": self.phases,
             "interference": self.interference,
+            "calibration": self.calibration,
         }
 
 
@@ -104,6 +106,7 @@ def ask(session: Session, *, phases: bool = False) -> ReportRows:
         prefixes=rows("FROM prefix_reuse"),
         phases=rows("FROM phases_totals ORDER BY method") if phases else None,
         interference=rows("FROM interference") if phases else None,
+        calibration=rows("FROM calibration_phases ORDER BY method, phase DESC") if phases else None,
     )
 
 

@@ -17,6 +17,9 @@ ON_DEMAND = {
     "throughput.steady",
     "throughput.prefix",
     "frontier.frontier",
+    "telemetry.counters",
+    "telemetry.servers",
+    "telemetry.calibration",
 }
 _ABOUT_ALL = re.compile(r"\bduckdb_|\binformation_schema\b|^\s*(show|describe)\b", re.IGNORECASE)
 _METRICS = pa.schema(

@@ -4,11 +4,14 @@ Runs until SIGINT or SIGTERM, then drains: streams in flight end, and only then 
 """
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tokentape.proxy.options import (
@@ -21,9 +24,11 @@ from tokentape.proxy.options import (
 )
 from tokentape.proxy.supervisor import Supervisor, bind
 from tokentape.traces import facts as tape_facts
-from tokentape.traces.errors import UsageError
+from tokentape.traces.errors import TokentapeError, UsageError
 from tokentape.traces.prepare import make_ready
 from tokentape.traces.privacy import KEY_BYTES, Privacy, load_key
+from tokentape.traces.recording import say
+from tokentape.traces.sampler import Sampler, keep_facts
 
 SEAL_TIMEOUT_S = 60.0
 
@@ -73,6 +78,7 @@ def capture(
     upstream = checked_upstream(options.upstream)
     host, port = checked_listen(options.listen)
     check_tls(options)
+    options.telemetry.check()
     tape_facts.refuse_foreign(options.tape)  # before a key is made beside it
     try:
         sockets = bind(host, port, options.workers, BACKLOG)
@@ -85,12 +91,32 @@ def capture(
         before = set(tape_facts.read_facts(options.tape).get("seen", {}))
         hello = {"options": to_json(options, upstream), "key": key.hex()}
         url = _url(sockets[0], options)
-        with os.fdopen(lock_fd):
+        with os.fdopen(lock_fd), _sampled(options, lock_fd):
             done, deaths = asyncio.run(_run(sockets, hello, lock_fd, lambda: on_ready(url), watch))
             return _total(options, done, deaths, before)
     finally:
         for bound in sockets:
             bound.close()
+
+
+@contextlib.contextmanager
+def _sampled(options: CaptureOptions, lock_fd: int) -> Iterator[None]:
+    """Sample telemetry while the block runs; a source that says nothing keeps nobody waiting."""
+    if not options.telemetry:
+        yield
+        return
+    with Sampler(options.tape, lock_fd, options.telemetry) as sampler:
+        threading.Thread(target=_hear, args=(sampler, options.tape), daemon=True).start()
+        yield
+
+
+def _hear(sampler: Sampler, tape: Path) -> None:
+    """Say which sources say nothing, and keep what the GPUs are."""
+    with contextlib.suppress(TokentapeError):
+        began = sampler.began()
+        for source, why in began["failed"].items():
+            say(f"telemetry: {source} {why}; it is asked again each second")
+        keep_facts(tape, began)
 
 
 async def _run(

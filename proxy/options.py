@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tokentape.traces.errors import UsageError
+from tokentape.traces.sampler import Sources
 from tokentape.traces.words import Mode
 
 
@@ -28,6 +29,7 @@ class CaptureOptions:
     certificate: Path | None = None  # PEM with key and chain: the listening side speaks TLS
     upstream_ca: Path | None = None  # PEM of who signed the upstream's certificate
     metrics: str | None = None  # HOST:PORT of /metrics and /healthz
+    telemetry: Sources = field(default_factory=Sources)  # the supervisor's; workers get none
 
 
 BACKLOG = 4096  # stock: 100, which refuses bursts of new connections
@@ -37,6 +39,7 @@ _PATHS = ("tape", "key_file", "certificate", "upstream_ca")
 def to_json(options: CaptureOptions, upstream: str) -> dict[str, Any]:
     """Options for another process, with the checked upstream."""
     plain = {n: str(v) if isinstance(v, Path) else v for n, v in asdict(options).items()}
+    del plain["telemetry"]
     return plain | {"upstream": upstream}
 
 

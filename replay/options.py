@@ -11,6 +11,7 @@ from tokentape.replay.sessions import Shard
 from tokentape.replay.targets import ENDPOINTS, HEADER_NAME, redacted
 from tokentape.replay.trust import trust
 from tokentape.traces.errors import UsageError
+from tokentape.traces.sampler import Sources
 
 
 @dataclass
@@ -41,6 +42,7 @@ class ReplayOptions:
     start_at_unix_ns: int | None = None
     force: bool = False
     operators: Asked = field(default_factory=Asked)
+    telemetry: Sources = field(default_factory=Sources)  # what is sampled meanwhile
     facts: dict[str, str] = field(default_factory=dict)
     command: list[str] = field(default_factory=list, repr=False)
 
@@ -68,11 +70,14 @@ class ReplayOptions:
             "workers": self.workers,
             "shard": str(self.shard) if self.shard else None,
             "start_at_unix_ns": self.start_at_unix_ns,
+            "metrics_urls": self.telemetry.names,
+            "gpu": self.telemetry.gpu,
             "command": redacted(self.command),
         }
 
     def check(self) -> None:
         """UsageError for what can be seen to be wrong here."""
+        self.telemetry.check()
         if self.ca is not None:
             trust(self.ca)
         if self.session_header is not None and not HEADER_NAME.fullmatch(self.session_header):

@@ -234,6 +234,7 @@ class Plan:
         forms = self.target.forms.items()
         return {
             **self.options.facts,  # what was asked of the candidate outranks what was said of it
+            "given": self.options.facts,
             "url": self.target.address.base,
             "model": self.target.model,
             "prompts": {name: form.rung for name, form in forms},

@@ -28,11 +28,12 @@ from tokentape.replay.start import StartAt
 from tokentape.replay.tally import tally
 from tokentape.replay.verdict import Verdict, judge_run
 from tokentape.traces import facts as tape_facts
-from tokentape.traces.errors import UsageError
+from tokentape.traces.errors import TokentapeError, UsageError
 from tokentape.traces.prepare import make_ready
 from tokentape.traces.reader import Tape, open_tape
 from tokentape.traces.recording import Recorder
 from tokentape.traces.recover import seal_dead
+from tokentape.traces.sampler import Sampler, keep_facts
 
 __all__ = ["Plan", "Progress", "ReplayOptions", "RunSummary", "make_plan", "run_plan"]
 
@@ -67,7 +68,9 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
     if not plan.probed:
         raise UsageError("an offline plan cannot be run: the candidate was not asked")
     run = _by_crew if options.workers > 1 else _alone
-    sent = run(plan, options.tape, StartAt(options.start_at_unix_ns), progress)
+    lock_fd = make_ready(options.tape, **_about(plan))
+    with os.fdopen(lock_fd), _sampled(options, options.tape, lock_fd):
+        sent = run(plan, options.tape, lock_fd, StartAt(options.start_at_unix_ns), progress)
     tape = open_tape(options.tape)
     lost = {name: n for name, n in tape.losses.items() if n}
     verdict = judge_run(
@@ -92,11 +95,31 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
     )
 
 
+@contextmanager
+def _sampled(options: ReplayOptions, tape: Path, lock_fd: int) -> Iterator[None]:
+    """Sample telemetry while the block runs; TokentapeError where a source says nothing now."""
+    if not options.telemetry:
+        yield
+        return
+    with Sampler(tape, lock_fd, options.telemetry) as sampler:
+        began = sampler.began()
+        for source, why in began["failed"].items():
+            option = "--gpu" if source == "nvml" else "--metrics-url"
+            raise TokentapeError(f"{option}: {source} {why}; nothing was sent")
+        keep_facts(tape, began)
+        yield
+
+
 def _alone(
-    plan: Plan, tape: Path, start: StartAt, progress: Callable[[Progress], None] | None
+    plan: Plan,
+    tape: Path,
+    lock_fd: int,
+    start: StartAt,
+    progress: Callable[[Progress], None] | None,
 ) -> Sent:
     """Send it all from this process."""
-    recorder = Recorder.start(tape, worker=plan.worker_names[0], **_about(plan))
+    about = {"worker": plan.worker_names[0], "content": "structure", "key": "", "fsync": False}
+    recorder = Recorder(tape, os.dup(lock_fd), about)
     try:
         plan.settle()
         work = send_share(
@@ -117,30 +140,30 @@ def _alone(
 
 
 def _by_crew(
-    plan: Plan, tape: Path, start: StartAt, progress: Callable[[Progress], None] | None
+    plan: Plan,
+    tape: Path,
+    lock_fd: int,
+    start: StartAt,
+    progress: Callable[[Progress], None] | None,
 ) -> Sent:
     """Send it from several processes, each with its own segments of the tape."""
-    lock_fd = make_ready(tape, **_about(plan))
-    with os.fdopen(lock_fd):
-        names, shard = plan.worker_names, plan.worker_of_each
-        members = [
-            Member(n, np.flatnonzero(shard == k).astype(np.int32)) for k, n in enumerate(names)
-        ]
-        crew = Crew(plan.whole, [m for m in members if len(m.numbers)], tape, lock_fd)
-        del shard, members
-        return_memory()
-        run_facts: dict[str, Any] = {"failed": True}
-        try:
-            asyncio.run(crew.run(_stopped_by_signals, start, progress))
-            if any(m.sent is None for m in crew.members):
-                seal_dead(tape, SEAL_TIMEOUT_S)
-            sealed = open_tape(tape)
-            rows, lost = _by_worker(sealed)
-            sent = tally([m.end for m in crew.members], start.t0_ns, rows, lost)
-            run_facts = _run_facts(sent, start)
-        finally:
-            with tape_facts.changing(tape) as facts:
-                facts["run"] = run_facts
+    names, shard = plan.worker_names, plan.worker_of_each
+    members = [Member(n, np.flatnonzero(shard == k).astype(np.int32)) for k, n in enumerate(names)]
+    crew = Crew(plan.whole, [m for m in members if len(m.numbers)], tape, lock_fd)
+    del shard, members
+    return_memory()
+    run_facts: dict[str, Any] = {"failed": True}
+    try:
+        asyncio.run(crew.run(_stopped_by_signals, start, progress))
+        if any(m.sent is None for m in crew.members):
+            seal_dead(tape, SEAL_TIMEOUT_S)
+        sealed = open_tape(tape)
+        rows, lost = _by_worker(sealed)
+        sent = tally([m.end for m in crew.members], start.t0_ns, rows, lost)
+        run_facts = _run_facts(sent, start)
+    finally:
+        with tape_facts.changing(tape) as facts:
+            facts["run"] = run_facts
     return sent
 
 

@@ -27,6 +27,7 @@ class Proxied:
     host: str
     port: int
     tape: Path
+    heard: str = ""  # what it said before it listened
 
     @property
     def url(self) -> str:
@@ -60,13 +61,13 @@ def capturing(
     )
     try:
         assert process.stderr is not None
-        heard = []
-        while "://" not in (line := process.stderr.readline()).replace(upstream, ""):
+        heard: list[str] = []
+        while "listening on" not in (line := process.stderr.readline()):
             heard.append(line)
             assert line, "".join(heard)
         address = line.replace(upstream, "").split("://", 1)[1].split()[0].rstrip("/,;")
         host, _, port = address.rpartition(":")
-        yield Proxied(process, host, int(port), tape)
+        yield Proxied(process, host, int(port), tape, "".join(heard))
     finally:
         if process.poll() is None:
             process.kill()

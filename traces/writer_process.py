@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tokentape.traces import journal as journals
+from tokentape.traces import machine
 from tokentape.traces.assemble import Assembler
 from tokentape.traces.blocks import NO_SLOT, BlockReceiver, Channel, open_channel
 from tokentape.traces.clock import Anchor, TapeClock, take_anchor
@@ -80,6 +81,9 @@ class TapeSink:
         self._told = False
 
     def sampled(self, samples: list[tuple[int, int, str, str, str, float]]) -> None:
+        begin, end = samples[0][:2] if samples else (0, 0)
+        cores = [(begin, end, machine.SOURCE, *one) for one in machine.cpu_seconds() if samples]
+        samples = [*samples, *cores]
         self._journal(journals.TELEMETRY, 0, samples)
         for sample in samples:
             self.writer.append_telemetry(sample)

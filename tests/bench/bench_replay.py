@@ -2,14 +2,15 @@
 
     python tests/bench/bench_replay.py REFSERVER_DIR [--rates 100,200,500] [--seconds 8]
         [--tokens 50] [--gap-ms 20] [--step] [--burst 0] [--stall-ms 0] [--precise] [--runs 1]
-        [--control] [--first]
+        [--control] [--first] [--metrics-url URL]
 
 REFSERVER_DIR holds `refserver` (built) and its `truth.py`. Every rate is one whole replay: a
 synthetic tape, plan, run, tape, verdict; the errors are read from the run's tape. The server has
 core 0, the client core 1. `--step` makes all streams of the server step together; `--burst N` sends
 N requests at the first instant; `--stall-ms` blocks the replay's own event loop for so long twice a
 second; `--control` runs the server's naive client in the same minute; `--first` gives server and
-clients (not the tape's writer) real-time priority, where that is allowed. All errors in us. Trust a
+clients (not the tape's writer) real-time priority, where that is allowed; `--metrics-url` samples
+that page meanwhile. All errors in us. Trust a
 line only if the server's own lateness is low and steal is under 1 %.
 """
 
@@ -40,6 +41,7 @@ from tokentape.replay.plan import Plan, make_plan
 from tokentape.replay.progress import Progress
 from tokentape.replay.run import run_plan
 from tokentape.traces.reader import Tape, open_tape
+from tokentape.traces.sampler import Sources
 from tokentape.traces.writer import TapeWriter
 
 NS_PER_S = 1_000_000_000
@@ -139,6 +141,7 @@ def replay_once(args: argparse.Namespace, truth: ModuleType, folder: Path, rate:
     source = synthetic_tape(folder / f"source-{rate}", rate, args.seconds, args.tokens, args.burst)
     options = ReplayOptions(source=source, to=URL, tape=folder / f"run-{rate}", seed=1)
     options.precise = args.precise
+    options.telemetry = Sources(tuple(args.metrics_url))
     plan = make_plan(options)
     tagged = TaggedPlan(**{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)})
     urllib.request.urlopen(URL + "/__reset").read()
@@ -198,6 +201,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--first", action="store_true")
+    parser.add_argument("--metrics-url", action="append", default=[])
     args = parser.parse_args()
     truth = load_truth(args.refserver)
     with tempfile.TemporaryDirectory() as name:

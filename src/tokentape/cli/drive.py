@@ -12,7 +12,7 @@ from tokentape.cli import units
 from tokentape.cli.output import print_json, print_lines
 from tokentape.cli.progress import in_lines, say
 from tokentape.cli.read import print_report
-from tokentape.cli.record import Facts, Json, command_line
+from tokentape.cli.record import Facts, Json, LocalGpu, MetricsUrls, command_line
 from tokentape.traces.errors import GateNotMet, UsageError
 
 if TYPE_CHECKING:
@@ -147,6 +147,8 @@ def replay(
     plain: Annotated[
         bool, typer.Option("--plain", help="Tell the progress in lines, on a terminal too.")
     ] = False,
+    metrics_url: MetricsUrls = None,
+    gpu: LocalGpu = False,
     fact: Facts = None,
     force: Annotated[
         bool,
@@ -164,6 +166,7 @@ def replay(
     from tokentape.replay.run import make_plan
     from tokentape.replay.sessions import Shard
     from tokentape.replay.start import check_start
+    from tokentape.traces.sampler import Sources
 
     if tape is None and not plan:
         raise UsageError("--tape: name the folder of the run's tape (only --plan needs none)")
@@ -205,6 +208,7 @@ def replay(
         shard=Shard(*units.part("--shard", shard)) if shard is not None else None,
         start_at_unix_ns=units.instant_unix_ns("--start-at", start_at) if start_at else None,
         force=force,
+        telemetry=Sources(tuple(metrics_url or ()), gpu, ca),
         facts=units.pairs("--fact", fact or []),
         command=command_line(),
     )

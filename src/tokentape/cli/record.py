@@ -17,6 +17,17 @@ Facts = Annotated[
         "--fact", metavar="NAME=VALUE", help="What the tape shall remember: gpu=H100, tp=2, ..."
     ),
 ]
+MetricsUrls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metrics-url",
+        metavar="URL",
+        help="A Prometheus page to sample each second: an engine's /metrics, DCGM's. Repeatable.",
+    ),
+]
+LocalGpu = Annotated[
+    bool, typer.Option("--gpu", help="Sample this machine's GPUs too: energy, power, clocks.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a tape that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -66,6 +77,8 @@ def capture(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Serve /metrics (Prometheus) and /healthz there."),
     ] = None,
+    metrics_url: MetricsUrls = None,
+    gpu: LocalGpu = False,
 ) -> None:
     """Record the traffic between clients and a server.
 
@@ -77,6 +90,7 @@ def capture(
     from tokentape.proxy.capture import capture as run
     from tokentape.proxy.options import CaptureOptions
     from tokentape.proxy.watching import Watching
+    from tokentape.traces.sampler import Sources
 
     options = CaptureOptions(
         upstream=upstream,
@@ -92,6 +106,7 @@ def capture(
         certificate=cert,
         upstream_ca=upstream_ca,
         metrics=metrics,
+        telemetry=Sources(tuple(metrics_url or ()), gpu, upstream_ca),
     )
     with live_line() as tell:
         summary = run(
