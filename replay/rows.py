@@ -28,6 +28,7 @@ COPIED = (*SESSION, *BLOCK, "block_hashes")
 GROUPS_KEPT = 4  # where rows are asked for in no known order
 OPEN_FILES = 4
 LOOK_AHEAD = 8_000  # requests: two row groups of the size that a tape is written with
+APART = 4 * LOOK_AHEAD  # requests between two uses of a row group that is not kept meanwhile
 
 Positions = NDArray[np.int32]
 
@@ -181,30 +182,50 @@ class TapeRows:
         return file
 
 
+def _uses(rows: TapeRows, positions: Positions) -> NDArray[np.int64]:
+    """(row group, first request, last request) of each stretch of a plan that needs one."""
+    found: list[list[int]] = []
+    open_uses: dict[int, list[int]] = {}
+    for at in range(0, len(positions), PART):  # long arrays in parts, for the sake of memory
+        groups = rows.group_of(positions[at : at + PART])
+        order = np.argsort(groups, kind="stable")
+        of = groups[order]
+        begins = np.flatnonzero(
+            (np.diff(of, prepend=-1) != 0) | (np.diff(order, prepend=0) > APART)
+        )
+        ends = np.append(begins[1:], len(of)) - 1
+        for group, first, last in zip(
+            of[begins].tolist(),
+            (at + order[begins]).tolist(),
+            (at + order[ends]).tolist(),
+            strict=True,
+        ):
+            use = open_uses.get(group)
+            if use is not None and first - use[2] <= APART:
+                use[2] = last
+            else:
+                open_uses[group] = [group, first, last]
+                found.append(open_uses[group])
+    return np.array(found, dtype=np.int64).reshape(-1, 3)
+
+
 class ReadAhead:
     """Reads the row groups of a share in the order in which its requests come up.
 
     `passed` is told how many requests have been built; it never waits. `most_held`: row groups
-    that are needed at one time, because rows were sealed in another order than they arrived.
+    that are needed at one time, because rows were sealed in another order than they arrived, or
+    copies of them are sent at several times. One that is not needed for long goes and comes back.
     """
 
     def __init__(self, rows: TapeRows, positions: Positions) -> None:
         self._rows = rows
-        count = len(positions)
-        first, last = np.full(len(rows.groups), count), np.full(len(rows.groups), -1)
-        for at in range(0, count, PART):  # long arrays in parts, for the sake of memory
-            groups = rows.group_of(positions[at : at + PART])
-            numbers = np.arange(at, at + len(groups))
-            np.minimum.at(first, groups, numbers)
-            np.maximum.at(last, groups, numbers)
-        used = np.flatnonzero(last >= 0)
-        self._opening = used[np.argsort(first[used], kind="stable")]
-        self._first = np.sort(first[used])
-        self._closing = used[np.argsort(last[used], kind="stable")]
-        self._last = np.sort(last[used])
+        uses = _uses(rows, positions)
+        self._opening = uses[np.argsort(uses[:, 1], kind="stable")]
+        self._first = self._opening[:, 1]
+        closing = uses[np.argsort(uses[:, 2], kind="stable")]
+        self._closing, self._last = closing[:, 0], closing[:, 2]
         ended = np.searchsorted(self._last, self._first, side="left")
-        self.most_held = int((np.arange(1, len(used) + 1) - ended).max(initial=0))
-        self._last_of = last
+        self.most_held = int((np.arange(1, len(uses) + 1) - ended).max(initial=0))
         self._built = self._loaded = self._dropped = 0
         self._wanted = 0  # row groups that are to be there
         self._wake = threading.Event()
@@ -251,9 +272,9 @@ class ReadAhead:
                     self._load_next()
 
     def _load_next(self) -> None:
-        group = int(self._opening[self._loaded])
+        group, _, last = self._opening[self._loaded].tolist()
         self._loaded += 1
-        if self._last_of[group] >= self._built:
+        if last >= self._built:
             self._rows.load(group)
-        if self._last_of[group] < self._built:  # meanwhile somebody read and dropped it
+        if last < self._built:  # meanwhile somebody read and dropped it
             self._rows.drop(group)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokentape.replay.rows import GROUPS_KEPT, LOOK_AHEAD, Group, ReadAhead, TapeRows
+from tokentape.replay.rows import APART, GROUPS_KEPT, LOOK_AHEAD, Group, ReadAhead, TapeRows
 from tokentape.replay.source import read_source
 from tokentape.traces.errors import TapeError
 from tokentape.traces.reader import open_tape
@@ -105,6 +105,23 @@ def test_how_many_row_groups_are_needed_at_once_is_known_before(long_tape: Path)
     rows = rows_of(long_tape)
     there_and_back = np.r_[0, ROW_GROUP_ROWS, 2 * ROW_GROUP_ROWS, ROW_GROUP_ROWS + 1, 1]
     assert ReadAhead(rows, there_and_back.astype(np.int32)).most_held == 3
+
+
+def test_a_row_group_that_is_needed_again_much_later_is_not_kept_meanwhile(long_tape: Path) -> None:
+    rows = rows_of(long_tape)
+    away = np.concatenate([[0, 1], np.full(APART + 1, ROWS - 1), [1, 0]]).astype(np.int32)
+    ids = [rows.request_id(position) for position in (0, 1)]
+    reader = ReadAhead(rows, away)
+    assert reader.most_held == 1  # the first one goes and comes back
+    reader.start()
+    for number, position in enumerate(away.tolist()):
+        if position < 2:
+            assert rows.request_id(position) == ids[position]
+        reader.passed(number + 1)
+        if number == APART // 2:
+            assert rows.held == 1
+    reader.stop()
+    assert rows.held == 0
 
 
 def test_a_segment_that_is_gone_is_one_line_of_whoever_needs_it(tmp_path: Path) -> None:
