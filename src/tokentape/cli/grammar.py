@@ -31,6 +31,11 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
     ("engine", drive.engine, "tokentape engine --listen 127.0.0.1:8000"),
     ("import", record.import_, "tokentape import azure trace.csv --tape azure.tape"),
     (
+        "generate",
+        record.generate,
+        "tokentape generate 'arrivals=\"poisson 5/s for 1m\"; input=9; output=9' --tape new.tape",
+    ),
+    (
         "export",
         read.export,
         "tokentape export prod.tape --format perfetto --out prod.json",

@@ -1,4 +1,4 @@
-"""Verbs that make or mend a tape: capture, import, recover."""
+"""Verbs that make or mend a tape: capture, import, generate, recover."""
 
 import sys
 from pathlib import Path
@@ -161,6 +161,38 @@ def import_(
         print_json({"read": done.read, "written": done.written, "dropped": done.dropped})
     else:
         print_lines([f"{done.read} rows read, {done.written} requests written{dropped}"])
+
+
+def generate(
+    spec: Annotated[
+        str, typer.Argument(metavar="SPEC", help="A TOML file, or its text with ; for new lines.")
+    ],
+    tape: TapeToMake,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Of all that is drawn; else the description's own."),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Make a tape of a load that is described, not recorded.
+
+    Arrivals constant, Poisson or gamma, in steps and ramps; lengths log-normal or as another tape
+    has them; common prefixes; turns with think time. One description and seed make one tape
+    everywhere.
+    """
+    from tokentape.cli.describe import described
+    from tokentape.traces.synthetic import generate as run
+
+    load = described(spec, seed)
+    with counting("requests drawn") as tell:
+        done = run(
+            load, tape, force=force, command=command_line(), progress=lambda done: tell(done, "")
+        )
+    if json:
+        print_json(done.as_dict())
+    else:
+        print_lines([done.text()])
 
 
 def recover(
