@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokentape.replay.plan import ReplayOptions, make_plan
+from tokentape.replay.options import ReplayOptions
+from tokentape.replay.plan import make_plan
 from tokentape.traces.arrivals import arrivals_of
 from tokentape.traces.check import check
 from tokentape.traces.errors import TapeError, UsageError
