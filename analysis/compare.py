@@ -238,7 +238,20 @@ def _warnings(
         if len(means) == 2 and abs(means["B"] - means["A"]) > 0.01 * means["A"]:
             told = ", ".join(f"{side} {display.figure(mean)}" for side, mean in means.items())
             found.append(f"mean {what} tokens differ: {told}")
-    return found
+    return found + _answers([tape.facts.get("sentinels") for tape in session.tapes])
+
+
+def _answers(told: list[dict[str, Any] | None]) -> list[str]:
+    """Whether the candidates answered the same fixed questions alike, where they were asked."""
+    asked = [t for t in told if t]
+    if len(asked) < 2 or len({t["version"] for t in asked}) > 1:
+        return []
+    digests = [[answer["digest"] for answer in t["before"]] for t in asked]
+    differ = sum(len(set(answers)) > 1 for answers in zip(*digests, strict=False))
+    if not differ:
+        return []
+    what = "other arithmetic, another model or a broken one"
+    return [f"{differ} of {len(digests[0])} sentinels were answered differently: {what}"]
 
 
 def judge(found: Comparison, gates: Sequence[str]) -> dict[str, str | None]:

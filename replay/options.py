@@ -35,6 +35,7 @@ class ReplayOptions:
     max_tokens: int | None = None
     timeout_ns: int | None = None  # per request; None waits for ever
     first_byte_timeout_ns: int | None = None  # of a stream's body
+    sentinels: bool = False  # ask a few fixed questions before and after
     precise: bool = False  # wait for each due time awake: a core is busier, sends are exacter
     include_failed: bool = False
     workers: int = 1
@@ -64,6 +65,7 @@ class ReplayOptions:
             "max_tokens": self.max_tokens,
             "timeout_ns": self.timeout_ns,
             "first_byte_timeout_ns": self.first_byte_timeout_ns,
+            "sentinels": self.sentinels,
             "precise": self.precise,
             "include_failed": self.include_failed,
             **self.operators.as_dict(),

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tokentape.replay import sentinels
 from tokentape.replay.crew import Crew, Member
 from tokentape.replay.health import cores, return_memory
 from tokentape.replay.options import ReplayOptions
@@ -69,8 +70,11 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
         raise UsageError("an offline plan cannot be run: the candidate was not asked")
     run = _by_crew if options.workers > 1 else _alone
     lock_fd = make_ready(options.tape, **_about(plan))
-    with os.fdopen(lock_fd), _sampled(options, options.tape, lock_fd):
-        sent = run(plan, options.tape, lock_fd, StartAt(options.start_at_unix_ns), progress)
+    with os.fdopen(lock_fd):
+        before = sentinels.ask(plan.target) if options.sentinels else []
+        with _sampled(options, options.tape, lock_fd):
+            sent = run(plan, options.tape, lock_fd, StartAt(options.start_at_unix_ns), progress)
+        after = sentinels.ask(plan.target) if options.sentinels and not sent.stopped else []
     tape = open_tape(options.tape)
     lost = {name: n for name, n in tape.losses.items() if n}
     verdict = judge_run(
@@ -80,8 +84,12 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
         prompts_counted=all(form.counted for form in plan.target.forms.values()),
         losses=lost,
     )
+    for doubt in sentinels.doubts(before, after):
+        verdict.blame("suspect", doubt)
     with tape_facts.changing(options.tape) as facts:
         facts["verdict"] = verdict.as_dict()
+        if options.sentinels:
+            facts["sentinels"] = sentinels.as_facts(before, after)
     return RunSummary(
         verdict=verdict,
         tape=options.tape,

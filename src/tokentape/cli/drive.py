@@ -107,6 +107,12 @@ def replay(
         bool,
         typer.Option("--precise", help="Wait for due times awake: exacter sends, a busier core."),
     ] = False,
+    sentinels: Annotated[
+        bool,
+        typer.Option(
+            "--sentinels", help="Ask a few fixed questions before and after; changed answers count."
+        ),
+    ] = False,
     include_failed: Annotated[
         bool, typer.Option("--include-failed", help="Also what never reached an engine.")
     ] = False,
@@ -195,6 +201,7 @@ def replay(
         first_byte_timeout_ns=_some_time("--first-byte-timeout", first_byte_timeout)
         if first_byte_timeout is not None
         else None,
+        sentinels=sentinels,
         precise=precise,
         include_failed=include_failed,
         operators=Asked(
