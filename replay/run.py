@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from tokentape.replay import sentinels
 from tokentape.replay.crew import Crew, Member
+from tokentape.replay.fidelity import fidelity
 from tokentape.replay.health import cores, return_memory
 from tokentape.replay.options import ReplayOptions
 from tokentape.replay.plan import Plan, make_plan
@@ -29,7 +30,7 @@ from tokentape.replay.start import StartAt
 from tokentape.replay.tally import tally
 from tokentape.replay.verdict import Verdict, judge_run
 from tokentape.traces import facts as tape_facts
-from tokentape.traces.errors import TokentapeError, UsageError
+from tokentape.traces.errors import TapeError, TokentapeError, UsageError
 from tokentape.traces.prepare import make_ready
 from tokentape.traces.reader import Tape, open_tape
 from tokentape.traces.recording import Recorder
@@ -86,6 +87,8 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
     )
     for doubt in sentinels.doubts(before, after):
         verdict.blame("suspect", doubt)
+    with suppress(TapeError):  # the source is gone meanwhile
+        verdict.figures["fidelity"] = fidelity(tape, options.source).as_dict()
     with tape_facts.changing(options.tape) as facts:
         facts["verdict"] = verdict.as_dict()
         if options.sentinels:

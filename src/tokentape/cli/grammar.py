@@ -45,6 +45,7 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
     ("recover", record.recover, "tokentape recover prod.tape"),
     ("report", read.report, "tokentape report prod.tape run.tape"),
     ("compare", judge.compare, "tokentape compare prod.tape run.tape"),
+    ("fidelity", judge.fidelity, "tokentape fidelity run.tape"),
     ("tails", judge.tails, "tokentape tails prod.tape --metric ttft --above p99"),
     ("trend", judge.trend, "tokentape trend prod.tape run.tape"),
     ("frontier", size.frontier, "tokentape frontier run.tape --gpus 1 --slo ttft=5s,tpot=50ms"),

@@ -1,4 +1,4 @@
-"""Verbs that judge runs: compare sets two against each other, trend many; tails finds the worst."""
+"""Verbs that judge runs: compare, fidelity (a run against its tape), trend, tails."""
 
 from pathlib import Path
 from typing import Annotated
@@ -100,3 +100,25 @@ def trend(
         print_json(found.as_dict())
     else:
         print_lines([found.text(REPORT_COLUMNS).rstrip("\n")])
+
+
+def fidelity(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of replay.")],
+    source: Annotated[
+        Path | None, typer.Option(metavar="TAPE", help="The tape it replays; else where it was.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say how a run differs from the tape that it replays.
+
+    Arrivals, requests in flight, token counts, prefix reuse, the shape of streams and outcomes, a
+    number each. The verdict of every replay ends with the short form.
+    """
+    from tokentape.replay.fidelity import fidelity as compare
+    from tokentape.traces.reader import open_tape
+
+    found = compare(open_tape(run), source)
+    if json:
+        print_json(found.as_dict())
+    else:
+        print_lines([found.text(), f"in short: {found.line}"])
