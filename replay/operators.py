@@ -7,11 +7,11 @@ the plan measures it (`shape.py`). A new operator is a class with the three memb
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from hashlib import blake2b
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,13 +59,17 @@ class Selected:
 
 @dataclass(frozen=True)
 class Kin:
-    """Who stays together. number: int32 for each row of the tape, -1 for a request by itself.
+    """Who stays together, and what a router would see.
 
-    digest: uint64 for each row, of its session's name: a session is drawn alike on any tape.
+    number: int32 for each row of the tape, -1 for a request by itself. digest: uint64 for each row,
+    of its session's name: a session is drawn alike on any tape. duration_ns: int64 for each row.
+    prefixes: (blocks of each request, their names) of some requests, part after part.
     """
 
     number: Numbers
     digest: Draws
+    duration_ns: Ints | None = None
+    prefixes: Callable[[Selected], Iterator[tuple[Ints, Draws]]] | None = None
 
     @classmethod
     def nobody(cls, rows: int) -> "Kin":
@@ -109,6 +113,10 @@ class Operator(Protocol):
     def distorts(self) -> str:
         """What it does to think time, bursts and prefix reuse, in a sentence."""
 
+    @property
+    def instead(self) -> "Operator | None":
+        """A simpler one that it is compared with, if any."""
+
     def apply(self, chosen: Selected, kin: Kin) -> Selected:
         """The requests after it; UsageError for more than a plan can hold."""
 
@@ -122,6 +130,8 @@ class Thin:
 
     share: Fraction
     seed: int
+
+    instead: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -156,6 +166,8 @@ class Multiply:
 
     factor: Fraction
     seed: int
+
+    instead: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -215,6 +227,8 @@ class Loop:
     passes: Fraction | None = None
     speed: Fraction = Fraction(1)
 
+    instead: ClassVar[None] = None
+
     @property
     def words(self) -> str:
         """As it was asked for."""
@@ -265,6 +279,8 @@ class Spread:
     step_ns: int
     seed: int
 
+    instead: ClassVar[None] = None
+
     @property
     def words(self) -> str:
         """As it was asked for."""
@@ -301,56 +317,11 @@ def operate(
     for operator in operators:
         before, chosen = chosen, operator.apply(chosen, kin)
         watch(operator.words, chosen)
+        if (other := operator.instead) is not None:
+            watch(f"({other.words} instead)", other.apply(before, kin))
         if len(chosen) < len(before):
             gone[f"not in {operator.words}"] = np.setdiff1d(before.row, chosen.row)
     return chosen, {reason: rows for reason, rows in gone.items() if len(rows)}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The operators that a user asks for; None or False leaves one out.
-
-    loop_ns: of the run, not of the tape; loop_passes: instead of it.
-    """
-
-    thin: Fraction | None = None
-    multiply: Fraction | None = None
-    loop_ns: int | None = None
-    loop_passes: Fraction | None = None
-    spread: bool = False
-
-    def operators(self, seed: int, speed: Fraction, step_ns: int | None) -> tuple[Operator, ...]:
-        """Them, in the order in which they are applied.
-
-        UsageError for one that cannot be meant. `step_ns`: arrival_resolution_ns of the tape.
-        """
-        found: list[Operator] = []
-        if self.spread:
-            if not step_ns:
-                raise UsageError(
-                    "--spread: the tape does not say how coarse its arrivals are "
-                    "(arrival_resolution_ns), so they stay as they are"
-                )
-            found.append(Spread(step_ns, seed))
-        if self.thin is not None:
-            found.append(Thin(self.thin, seed))
-        if self.multiply is not None:
-            found.append(Multiply(self.multiply, seed))
-        if self.loop_ns is not None:
-            found.append(Loop(run_ns=self.loop_ns, speed=speed))
-        if self.loop_passes is not None:
-            found.append(Loop(passes=self.loop_passes))
-        return tuple(found)
-
-    def as_dict(self) -> dict[str, str | int | bool | None]:
-        """As a tape keeps it."""
-        return {
-            "thin": str(self.thin) if self.thin is not None else None,
-            "multiply": str(self.multiply) if self.multiply is not None else None,
-            "loop_ns": self.loop_ns,
-            "loop_passes": str(self.loop_passes) if self.loop_passes is not None else None,
-            "spread": self.spread,
-        }
 
 
 def _in_order(parts: Iterable[Selected]) -> Selected:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from tokentape.replay.operators import Asked
+from tokentape.replay.asked import Asked
 from tokentape.replay.sessions import Shard
 from tokentape.replay.targets import ENDPOINTS, HEADER_NAME, redacted
 from tokentape.replay.trust import trust

@@ -10,7 +10,7 @@ import ipaddress
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +21,7 @@ from tokentape.replay.capacity import STREAM_GAP_S, TOKEN_BYTES, Demand, Fit, Ma
 from tokentape.replay.health import cores
 from tokentape.replay.options import ReplayOptions
 from tokentape.replay.probe import find_target
-from tokentape.replay.reuse import repeated_blocks
+from tokentape.replay.reuse import names_of, repeated_blocks
 from tokentape.replay.schedule import NS_PER_S, Schedule, ScheduleOptions, make_schedule
 from tokentape.replay.sessions import Numbers, of_copies, shard_of
 from tokentape.replay.shape import Shapes
@@ -256,11 +256,7 @@ class Plan:
                 f"the tape's arrivals are {step / NS_PER_S:.1f} s apart or together: its "
                 "bursts are those of its clock, not of its users (--spread)"
             )
-        if self.options.operators.thin is not None and not figures["sessions"]:
-            found.append(
-                "the tape knows no sessions: each request was kept or left by itself, so what "
-                "conversations shared is cut apart"
-            )
+        found += self._operator_notes()
         if self.source.dependent:
             found.append(
                 f"{self.source.dependent} requests waited for others when recorded; here each is "
@@ -290,6 +286,21 @@ class Plan:
                 f"({self.source.rows.bytes_per_token:.2f} bytes per token)"
             )
         found += [f"{n} {what}" for what, n in self.source.guessed.items()]
+        return found
+
+    def _operator_notes(self) -> list[str]:
+        """What an operator had to do without."""
+        asked, found = self.options.operators, list[str]()
+        if asked.thin is not None and not self.figures["sessions"]:
+            found.append(
+                "the tape knows no sessions: each request was kept or left by itself, so what "
+                "conversations shared is cut apart"
+            )
+        if asked.routing in ("least-loaded", "prefix"):
+            found.append(
+                "the fleet's router is simulated: each request lasts as recorded or, where the "
+                "tape does not say, 0.5 s and 20 ms for each output token"
+            )
         return found
 
     def _worker_lines(self) -> list[str]:
@@ -366,6 +377,9 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     source, offered = read_source(
         tape, include_failed=options.include_failed, with_kin=bool(operators)
     )
+    if offered.kin is not None:
+        names = partial(names_of, source)
+        offered = replace(offered, kin=replace(offered.kin, prefixes=names))
     shapes = Shapes(source, operators) if operators or options.speed != 1 else None
     wanted = ScheduleOptions(
         options.speed, options.window, options.max_requests, options.max_tokens, operators

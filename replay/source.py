@@ -95,7 +95,7 @@ def read_source(
         duration_ns=scan.duration_ns,
         reason=reason,
         reasons=reasons,
-        kin=Kin(sessions, scan.sessions) if with_kin else None,
+        kin=Kin(sessions, scan.sessions, scan.duration_ns) if with_kin else None,
     )
     source = Source(
         tape_id=str(tape.facts["tape_id"]),

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokentape.replay.asked import Asked
 from tokentape.replay.operators import (
-    Asked,
     Kin,
     Loop,
     Multiply,

@@ -54,6 +54,14 @@ def replay(
         bool,
         typer.Option("--spread", help="Spread arrivals over the step of the tape's coarse clock."),
     ] = False,
+    replica: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="What the I-th of N replicas would get; needs --routing."),
+    ] = None,
+    routing: Annotated[
+        Literal["round-robin", "least-loaded", "prefix"] | None,
+        typer.Option(help="How the fleet's router chose a replica."),
+    ] = None,
     seed: Annotated[
         int, typer.Option(metavar="N", help="Of the synthesized prompts, and of what is drawn.")
     ] = 0,
@@ -167,7 +175,7 @@ def replay(
     Requests are sent when they are due, whatever the candidate does. Prompts are synthesized to the
     recorded lengths. The plan is printed first; the verdict says if the client's own clock held.
     """
-    from tokentape.replay.operators import Asked
+    from tokentape.replay.asked import Asked
     from tokentape.replay.options import ReplayOptions
     from tokentape.replay.run import make_plan
     from tokentape.replay.sessions import Shard
@@ -210,6 +218,8 @@ def replay(
             loop_ns=loop_ns,
             loop_passes=loop_passes,
             spread=spread,
+            replica=units.part("--replica", replica) if replica is not None else None,
+            routing=routing,
         ),
         workers=workers,
         shard=Shard(*units.part("--shard", shard)) if shard is not None else None,
