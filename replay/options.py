@@ -8,7 +8,7 @@ from typing import Any
 
 from tokentape.replay.asked import Asked
 from tokentape.replay.sessions import Shard
-from tokentape.replay.targets import ENDPOINTS, HEADER_NAME, redacted
+from tokentape.replay.targets import ENDPOINTS, HEADER_NAME, OURS, redacted
 from tokentape.replay.trust import trust
 from tokentape.traces.errors import UsageError
 from tokentape.traces.sampler import Sources
@@ -27,6 +27,8 @@ class ReplayOptions:
     namespace: str | None = None  # of the prompts; None: one that no other run has
     session_header: str | None = None  # by which each request tells its session
     model: str | None = None
+    models: dict[str, str] = field(default_factory=dict)  # to ask for, by the recorded one
+    body: dict[str, Any] = field(default_factory=dict)  # further fields of each request
     headers: dict[str, str] = field(default_factory=dict, repr=False)
     key_env: str | None = None
     ca: Path | None = None  # PEM of who signed the candidate's certificate
@@ -57,6 +59,8 @@ class ReplayOptions:
             "namespace": self.namespace,
             "session_header": self.session_header,
             "model": self.model,
+            "models": self.models,
+            "body": self.body,
             "header_names": sorted(self.headers),
             "key_env": self.key_env,
             "ca": str(self.ca) if self.ca else None,
@@ -84,6 +88,8 @@ class ReplayOptions:
             trust(self.ca)
         if self.session_header is not None and not HEADER_NAME.fullmatch(self.session_header):
             raise UsageError("--session-header: a header's name has no spaces and no colon")
+        if ours := sorted(self.body.keys() & set(OURS)):
+            raise UsageError(f"--body {ours[0]}: that field follows from the tape and the options")
         if self.endpoint not in ("recorded", *ENDPOINTS):
             raise UsageError(f"--endpoint {self.endpoint}: give recorded, completions or chat")
 

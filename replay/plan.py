@@ -355,6 +355,7 @@ class Plan:
         lines += (
             ["  what each step makes of the load:", *self.shapes.lines()] if self.shapes else []
         )
+        lines += [f"  model {a} is asked as {b}" for a, b in self.options.models.items()]
         lines += [f"  left out: {n} {reason}" for reason, n in f["left_out"].items()]
         lines += [f"  note: {warning}" for warning in self.warnings()]
         return "\n".join(lines)
@@ -406,7 +407,16 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     if offline:
         target = unprobed(address, headers, options.model or "unknown", endpoints)
     else:
-        target = asyncio.run(find_target(address, headers, options.model, endpoints))
+        target = asyncio.run(
+            find_target(
+                address,
+                headers,
+                options.model,
+                endpoints,
+                models=options.models,
+                more=options.body,
+            )
+        )
     return Plan(options, source, schedule, target, tape.facts, not offline, whole, shapes)
 
 

@@ -7,13 +7,14 @@ is dead or does not let us in, and never shows a header's value.
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
 
 from tokentape.replay.prompts import Draws, Length, PromptSource, TokenIds, Words, Writing
 from tokentape.replay.targets import (
+    NOTHING,
     WIRE_FORMATS,
     Address,
     Endpoint,
@@ -24,7 +25,7 @@ from tokentape.replay.targets import (
 )
 from tokentape.replay.transport import NO_REPLY, fetch
 from tokentape.replay.trust import why_untrusted
-from tokentape.traces.errors import TokentapeError
+from tokentape.traces.errors import TokentapeError, UsageError
 from tokentape.traces.wire import reply_parser
 
 PROBE_TIMEOUT_S = 60.0  # an engine may compile on its first request
@@ -53,7 +54,11 @@ class Answer:
 class Probe:
     """Questions to one candidate."""
 
-    def __init__(self, address: Address, headers: Headers) -> None:
+    def __init__(
+        self, address: Address, headers: Headers, more: Mapping[str, Any] = NOTHING
+    ) -> None:
+        self._more = more
+        self.offered: list[str] = []  # models, where the candidate lists them
         self._address = address
         self._headers = headers
         self._numbers = itertools.count()
@@ -69,6 +74,7 @@ class Probe:
                 raise
             return wanted, None  # not every candidate has that page
         offered = [m for m in _list(_json(body), "data") if "id" in m] if status == 200 else []
+        self.offered = [str(m["id"]) for m in offered]
         if wanted is None:
             if status != 200:
                 raise TokentapeError(
@@ -78,14 +84,17 @@ class Probe:
                 raise TokentapeError(f"{self._address.base}/models names no model: use --model")
             wanted = str(offered[0]["id"])
             if len(offered) > 1:
-                self.notes.append(f"the candidate offers {len(offered)} models; {wanted} is asked")
+                self.notes.append(
+                    f"the candidate offers {len(offered)} models; {wanted} is asked where the tape "
+                    "names none of them"
+                )
         limits = [m.get("max_model_len") for m in offered if str(m["id"]) == wanted]
         return wanted, limits[0] if limits and isinstance(limits[0], int) else None
 
     async def form(self, endpoint: Endpoint, model: str) -> Form:
         """How an endpoint is to be asked; TokentapeError when it takes no rung of the ladder."""
         answer = Answer(0)
-        for form in _rungs(endpoint, model):
+        for form in _rungs(endpoint, model, self._more):
             answer = await self._ask(form, SHORT)
             if answer.status == 200:
                 return await self._with_length(form, answer)
@@ -176,12 +185,12 @@ class Probe:
         return self._headers.hide(" ".join(shown.split()))[:200]
 
 
-def _rungs(endpoint: Endpoint, model: str) -> Iterator[Form]:
+def _rungs(endpoint: Endpoint, model: str, more: Mapping[str, Any]) -> Iterator[Form]:
     """Forms to try: token ids before words where the endpoint may take them."""
     writings: list[Writing] = [TokenIds(), Words()] if endpoint == "completions" else [Words()]
     for writing in writings:
         for pinning in LADDER:
-            yield Form(endpoint, model, writing, Length(), pinning, "")
+            yield Form(endpoint, model, writing, Length(), pinning, "", dict(more))
 
 
 def _rule(short: int | None, long: int | None) -> Length | None:
@@ -211,13 +220,27 @@ def _list(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 async def find_target(
-    address: Address, headers: Headers, model: str | None, endpoints: Iterable[Endpoint]
+    address: Address,
+    headers: Headers,
+    model: str | None,
+    endpoints: Iterable[Endpoint],
+    *,
+    models: Mapping[str, str] = NOTHING,
+    more: Mapping[str, Any] = NOTHING,
 ) -> Target:
     """Ask the candidate everything that a run needs to know.
 
+    Args: models: which model to ask for where the tape names one; where none is wanted for all,
+    those that the candidate offers under their recorded names are asked for as well. more: further
+    fields of each body.
     Raises TokentapeError (dead, refusing, or not speaking the endpoint) with one line to act on.
     """
-    probe = Probe(address, headers)
+    probe = Probe(address, headers, more)
     name, most_tokens = await probe.model(model)
     forms = {endpoint: await probe.form(endpoint, name) for endpoint in endpoints}
-    return Target(address, headers, name, forms, tuple(probe.notes), most_tokens)
+    missing = sorted(set(models.values()) - set(probe.offered)) if probe.offered else []
+    if missing:
+        raise UsageError(f"--map-model: the candidate does not offer {', '.join(missing)}")
+    alike = {} if model is not None or len(probe.offered) < 2 else {n: n for n in probe.offered}
+    notes = tuple(probe.notes)
+    return Target(address, headers, name, forms, notes, most_tokens, alike | dict(models))

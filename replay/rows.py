@@ -25,6 +25,7 @@ from tokentape.traces.errors import TapeError
 SESSION = ("session_id", "session_source", "turn_index")
 BLOCK = ("block_tokens", "block_unit", "block_scope", "prefix_partial")
 COPIED = (*SESSION, *BLOCK, "block_hashes")
+MODELS = ("model_requested", "model")  # the first that is known is the one to ask for
 GROUPS_KEPT = 4  # where rows are asked for in no known order
 OPEN_FILES = 4
 LOOK_AHEAD = 8_000  # requests: two row groups of the size that a tape is written with
@@ -99,7 +100,7 @@ class TapeRows:
         a tape of copies can be replayed, and what its prompts share is what they shared.
         """
         loaded, at = self._find(position)
-        cells = {name: column[at] for name, column in loaded.columns.items()}
+        cells = {n: column[at] for n, column in loaded.columns.items() if n not in MODELS}
         row = {name: cell.as_py() for name, cell in cells.items() if cell.is_valid}
         if copy and "session_id" in row:
             row["session_id"] = f"{row['session_id']}#{copy}"
@@ -107,6 +108,12 @@ class TapeRows:
             hashes = np.array(row["block_hashes"], dtype=np.int64)
             row["block_hashes"] = hashes_of_copy(hashes, copy).tolist()
         return row
+
+    def model(self, position: int) -> str | None:
+        """The model that was asked for, else the one that answered."""
+        loaded, at = self._find(position)
+        name: str | None = loaded.cell(MODELS[0], at) or loaded.cell(MODELS[1], at)
+        return name
 
     def blocks(self, position: int) -> Blocks:
         """The prefix blocks of a request, in tokens."""
@@ -136,7 +143,7 @@ class TapeRows:
         """Have a row group ready."""
         with self._lock:
             if group not in self._loaded:
-                self._loaded[group] = _Loaded(self._read(group, ("request_id", *COPIED)))
+                self._loaded[group] = _Loaded(self._read(group, ("request_id", *COPIED, *MODELS)))
                 while self._keep is not None and len(self._loaded) > self._keep:
                     self._loaded.popitem(last=False)
 

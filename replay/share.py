@@ -78,7 +78,9 @@ class Share:
         """The i-th request, body and all."""
         position, copy = int(self.positions[number]), int(self.copies[number])
         place = position if self.by_row else number
-        form = self.target.forms[endpoint(self.wanted_endpoint, chat=bool(self.chat[place]))]
+        asked = endpoint(self.wanted_endpoint, chat=bool(self.chat[place]))
+        model = self.rows.model(position) if self.target.models else None
+        form = self.target.form(asked, model)
         input_tokens = int(self.input_tokens[place])
         output_tokens = max(1, int(self.output_tokens[place]))
         stream = bool(self.stream[place])

@@ -10,9 +10,10 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Final, Literal
 from urllib.parse import unquote, urlsplit
 
 from tokentape.replay.prompts import Draws, Length, TokenIds, Words, Writing
@@ -23,6 +24,9 @@ ENDPOINTS: tuple[Endpoint, ...] = ("completions", "chat")
 PATHS: dict[Endpoint, str] = {"completions": "/completions", "chat": "/chat/completions"}
 WIRE_FORMATS: dict[Endpoint, str] = {"completions": "openai.completions", "chat": "openai.chat"}
 OPERATIONS: dict[Endpoint, str] = {"completions": "text_completion", "chat": "chat"}
+
+NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+OURS = ("model", "prompt", "messages", "stream", "max_tokens", "max_completion_tokens")
 
 
 class Headers:
@@ -163,6 +167,7 @@ class Form:
     length: Length
     pinning: Pinning
     rung: str
+    more: Mapping[str, Any] = field(default_factory=dict)  # further fields of each body
     counted: bool = False  # the candidate's usage was seen to follow the prompt
 
     def body(self, draws: Draws, output_tokens: int, *, stream: bool) -> bytes:
@@ -188,7 +193,7 @@ class Form:
         settings["stream"] = stream
         if stream and pin.include_usage:
             settings["stream_options"] = {"include_usage": True}
-        return settings
+        return settings | dict(self.more)
 
     def columns(self, output_tokens: int, *, stream: bool) -> dict[str, Any]:
         """What a row says about such a request."""
@@ -217,6 +222,13 @@ class Target:
     forms: dict[Endpoint, Form]
     notes: tuple[str, ...] = ()
     max_model_tokens: int | None = None  # prompt and output together, as its /models says
+    models: Mapping[str, str] = field(default_factory=dict)  # recorded: asked; else `model`
+
+    def form(self, endpoint: Endpoint, recorded_model: str | None) -> Form:
+        """How a request for that model is asked."""
+        form = self.forms[endpoint]
+        model = self.models.get(recorded_model or "", self.model)
+        return form if model == form.model else replace(form, model=model)
 
 
 def unprobed(

@@ -223,3 +223,10 @@ def test_how_often_is_a_number_with_or_without_its_x() -> None:
     for text in ("0x", "0s", "3", "x"):
         with pytest.raises(UsageError, match=r"^--loop .*need how long or how often"):
             units.repeats("--loop", text)
+
+
+def test_a_value_that_is_no_json_is_answered_with_the_form_that_would_be() -> None:
+    given = ["a=1", 'b={"c": null}', 'd="x=y"']
+    assert units.json_pairs("--body", given) == {"a": 1, "b": {"c": None}, "d": "x=y"}
+    with pytest.raises(UsageError, match=r"""--body a: not JSON.*--body 'a="high"'"""):
+        units.json_pairs("--body", ["a=high"])

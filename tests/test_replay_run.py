@@ -279,6 +279,53 @@ def test_session_and_block_columns_are_carried_over(tmp_path: Path) -> None:
     assert prompts[0][16:20] != prompts[1][16:20]
 
 
+def offering(*models: str) -> Script:
+    """A candidate with several models."""
+
+    def script(seen: Seen) -> Sequence[Step]:
+        if seen.path.endswith("/models"):
+            return plain(200, {"data": [{"id": name} for name in models]})
+        return streamed(seen)
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({}, ["big", "small", "big", "big"]),  # the first that is offered, where no other is named
+        ({"models": {"gpt": "small"}}, ["big", "small", "small", "big"]),
+        ({"model": "small"}, ["small"] * 4),
+        ({"model": "small", "models": {"big": "big"}}, ["big", "small", "small", "small"]),
+    ],
+)
+def test_each_request_asks_for_its_model_or_for_what_stands_in_for_it(
+    tmp_path: Path, changes: dict[str, Any], asked: list[str]
+) -> None:
+    rows = [{"model": "big"}, {"model": "x", "model_requested": "small"}, {"model": "gpt"}, {}]
+    _, tape, server = replay(tmp_path, rows, offering("big", "small"), **changes)
+    assert [s.json["model"] for s in server.generations] == asked
+    assert tape.read(["model_requested"])["model_requested"].to_pylist() == asked
+    assert tape.read(["model"])["model"].to_pylist() == asked  # as the replies say
+
+
+def test_a_model_that_the_candidate_does_not_offer_is_named_before_anything_is_sent(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UsageError, match="--map-model: the candidate does not offer huge"):
+        replay(tmp_path, [{}], offering("big"), models={"a": "huge"})
+
+
+def test_further_fields_are_in_each_body_and_ours_are_not_to_be_replaced(tmp_path: Path) -> None:
+    more = {"priority": 3, "chat_template_kwargs": {"enable_thinking": False}, "min_tokens": 1}
+    _, tape, server = replay(tmp_path, [{}, {"operation": "chat"}], body=more)
+    for seen in server.generations:
+        assert {name: seen.json[name] for name in more} == more
+    assert tape.facts["options"]["body"] == more
+    with pytest.raises(UsageError, match="--body stream: that field follows"):
+        replay(tmp_path / "b", [{}], body={"stream": False})
+
+
 def test_each_request_tells_its_session_where_a_header_for_it_is_named(tmp_path: Path) -> None:
     rows = [{"session_id": name} for name in ("a b", "a b", None, "größe")]
     _, _, server = replay(tmp_path, rows, session_header="X-Session-Id")

@@ -80,6 +80,14 @@ def replay(
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Model to ask for; else the candidate's own.")
     ] = None,
+    map_model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RECORDED=NAME", help="What to ask for where that model was asked."),
+    ] = None,
+    body: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=JSON", help="A further field of each request's body."),
+    ] = None,
     endpoint: Annotated[
         Literal["recorded", "completions", "chat"], typer.Option(help="Which API to ask.")
     ] = "recorded",
@@ -199,6 +207,8 @@ def replay(
         namespace="" if warm_cache else namespace,
         session_header=session_header,
         model=model,
+        models=units.pairs("--map-model", map_model or []),
+        body=units.json_pairs("--body", body or []),
         headers=units.pairs("--header", header or []),
         key_env=key_env,
         ca=ca,

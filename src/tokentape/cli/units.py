@@ -5,10 +5,12 @@ float. A text that cannot be read raises UsageError, one line with the option, t
 and a form that would do. Nothing is guessed: a number without its unit is refused.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from datetime import datetime
 from fractions import Fraction
+from typing import Any
 
 from tokentape.traces.errors import UsageError
 
@@ -150,6 +152,20 @@ def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
         if name in found:
             raise UsageError(f"{option} {name}: is given twice")
         found[name] = value
+    return found
+
+
+def json_pairs(option: str, texts: Iterable[str]) -> dict[str, Any]:
+    """A mapping of `NAME=JSON` texts; each name once."""
+    found: dict[str, Any] = {}
+    for name, value in pairs(option, texts).items():
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            quoted = json.dumps(value)
+            raise UsageError(
+                f"{option} {name}: not JSON; a text needs its quotes: {option} '{name}={quoted}'"
+            ) from None
     return found
 
 
