@@ -43,6 +43,7 @@ class ReplayOptions:
     workers: int = 1
     shard: Shard | None = None
     start_at_unix_ns: int | None = None
+    clip: bool = False  # cut prompts to what the candidate takes
     force: bool = False
     operators: Asked = field(default_factory=Asked)
     telemetry: Sources = field(default_factory=Sources)  # what is sampled meanwhile
@@ -71,6 +72,7 @@ class ReplayOptions:
             "first_byte_timeout_ns": self.first_byte_timeout_ns,
             "sentinels": self.sentinels,
             "precise": self.precise,
+            "clip": self.clip,
             "include_failed": self.include_failed,
             **self.operators.as_dict(),
             "workers": self.workers,

@@ -54,6 +54,7 @@ class Plan:
     probed: bool
     of_requests: int = 0  # of all shards
     shapes: Shapes | None = None  # of the load before and after each operator
+    clipped: int = 0  # requests that were longer than the candidate takes
 
     def __len__(self) -> int:
         return len(self.schedule.due_ns)
@@ -152,6 +153,15 @@ class Plan:
             "several_choices": int(source.several_choices[index].sum()),
         }
 
+    def clip(self) -> None:
+        """Cut what is longer than the candidate takes, where it says how much that is."""
+        most = self.target.max_model_tokens
+        if most is None:
+            return
+        long = self.source.input_tokens + np.maximum(self.source.output_tokens, 1) > most
+        self.clipped = int(np.count_nonzero(long[self.schedule.source_index]))
+        self.source = self.source.clipped(most)
+
     def _too_short(self, inputs: Any, index: Any) -> int:
         chat = self.source.chat[index]
         short = 0
@@ -163,7 +173,7 @@ class Plan:
 
     def _too_long(self, inputs: Any, outputs: Any) -> int:
         most = self.target.max_model_tokens
-        return 0 if most is None else int((inputs + outputs > most).sum())
+        return 0 if most is None else int((inputs + np.maximum(outputs, 1) > most).sum())
 
     @cached_property
     def fit(self) -> Fit:
@@ -181,8 +191,18 @@ class Plan:
         )
         return Fit(demand, Machine.here())
 
+    def _refused(self) -> str:
+        return (
+            f"{self.figures['too_long_for_candidate']} requests are longer than the "
+            f"{self.target.max_model_tokens:,} tokens that the candidate takes"
+        )
+
     def check(self) -> None:
-        """UsageError for a load that this machine cannot offer, unless it is to be tried."""
+        """UsageError for a load that cannot be offered or taken, unless it is to be tried."""
+        if self.figures["too_long_for_candidate"] and not self.options.force:
+            raise UsageError(
+                f"{self._refused()}: --clip cuts their prompts, --force sends them all the same"
+            )
         reasons = self.fit.impossible()
         if reasons and not self.options.force:
             raise UsageError(
@@ -262,17 +282,7 @@ class Plan:
                 f"{self.source.dependent} requests waited for others when recorded; here each is "
                 "sent at its own time, whether those have ended or not"
             )
-        if figures["too_short_for_template"]:
-            found.append(
-                f"{figures['too_short_for_template']} prompts are shorter than the candidate's "
-                "template: sent as short as possible, counted as exceptions"
-            )
-        if figures["too_long_for_candidate"]:
-            found.append(
-                f"{figures['too_long_for_candidate']} requests are longer than the "
-                f"{self.target.max_model_tokens:,} tokens that the candidate takes: it will refuse "
-                "them"
-            )
+        found += self._length_notes()
         if figures["without_output"]:
             found.append(f"{figures['without_output']} requests had no output: one token is asked")
         if figures["several_choices"]:
@@ -285,7 +295,25 @@ class Plan:
                 "prefix blocks are counted in bytes: shared prefixes are about right "
                 f"({self.source.rows.bytes_per_token:.2f} bytes per token)"
             )
-        found += [f"{n} {what}" for what, n in self.source.guessed.items()]
+        for counted in (self.source.guessed, self.source.unlike):
+            found += [f"{n} {what}" for what, n in counted.items()]
+        return found
+
+    def _length_notes(self) -> list[str]:
+        """Prompts that the candidate cannot be asked as they were."""
+        figures, found = self.figures, list[str]()
+        if figures["too_short_for_template"]:
+            found.append(
+                f"{figures['too_short_for_template']} prompts are shorter than the candidate's "
+                "template: sent as short as possible, counted as exceptions"
+            )
+        if self.clipped:
+            found.append(
+                f"{self.clipped} requests are cut to the {self.target.max_model_tokens:,} tokens "
+                "that the candidate takes"
+            )
+        elif figures["too_long_for_candidate"]:
+            found.append(f"{self._refused()}: it will refuse them")
         return found
 
     def _operator_notes(self) -> list[str]:
@@ -417,7 +445,10 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
                 more=options.body,
             )
         )
-    return Plan(options, source, schedule, target, tape.facts, not offline, whole, shapes)
+    made = Plan(options, source, schedule, target, tape.facts, not offline, whole, shapes)
+    if options.clip:
+        made.clip()
+    return made
 
 
 def is_private(url: str) -> bool:

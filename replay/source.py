@@ -6,7 +6,7 @@ counted in `guessed`. It never decides when a request is sent.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,16 @@ MOST_TOKENS = (1 << 31) - 1  # of one request
 GENERATING = ("chat", "text_completion")
 NO_ENGINE = "never reached an engine ({})"
 NO_TOKENS = "has no output token count"
+CONSTRAINED = (
+    "requests of the tape had to be answered in a form (JSON, grammar, tool): replayed free"
+)
+MEDIA = "requests of the tape had images or sound: replayed as text of as many tokens"
 _COLUMNS = (
     *("arrival_ns", "scheduled_ns", "end_ns", "outcome", "http_status", "operation", "stream"),
     *("n_choices", "max_tokens", "prompt_bytes", "parents", "session_id"),
     *("input_tokens", "planned_input_tokens", "output_tokens", "planned_output_tokens"),
     *("block_tokens", "block_unit", "prefix_partial"),
+    *("response_format", "tool_choice", "image_count", "audio_count"),
 )
 
 Flags = NDArray[np.bool_]
@@ -63,6 +68,15 @@ class Source:
     with_blocks: bool
     approximate_blocks: bool  # counted in bytes, so that shared prefixes are about right only
     guessed: dict[str, int]
+    unlike: dict[str, int] = field(default_factory=dict)  # what a replay does not repeat
+
+    def clipped(self, most_tokens: int) -> "Source":
+        """With prompts cut so that prompt and output fit; an output that does not fit is cut."""
+        outputs = np.minimum(self.output_tokens, most_tokens - 1)
+        room = most_tokens - np.maximum(outputs, 1)
+        return replace(
+            self, input_tokens=np.minimum(self.input_tokens, room), output_tokens=outputs
+        )
 
     def __len__(self) -> int:
         return len(self.input_tokens)
@@ -110,6 +124,7 @@ def read_source(
         with_blocks=scan.with_blocks,
         approximate_blocks=scan.approximate_blocks,
         guessed={name: n for name, n in guessed.items() if n},
+        unlike={name: n for name, n in scan.unlike.items() if n},
     )
     return source, offered
 
@@ -174,6 +189,7 @@ class _Scan:
         self._bytes = self._tokens = 0  # of prompts that have both
         self._block_units = self._block_tokens = 0  # of prompts with blocks of bytes
         self.dependent = 0
+        self.unlike = dict.fromkeys((CONSTRAINED, MEDIA), 0)
         self.with_blocks = self.approximate_blocks = False
 
     def take(self, table: pa.Table) -> None:
@@ -189,11 +205,20 @@ class _Scan:
         parents = pc.greater(pc.list_value_length(table["parents"]), 0)
         self.dependent += int(pc.sum(parents).as_py() or 0)
         self.with_blocks |= table["block_unit"].null_count < table.num_rows
+        self._take_unlike(table)
         self._take_inputs(table, here)
         self._take_outputs(table, here)
         if "block_hashes" in table.column_names:
             self._take_byte_blocks(table)
         self._at = here.stop
+
+    def _take_unlike(self, table: pa.Table) -> None:
+        """Output that had to have a form is faster or slower to make than output that is free."""
+        form = pc.fill_null(table["response_format"], "text")
+        choice = pc.is_in(table["tool_choice"], pa.array(["required", "named"]))
+        self.unlike[CONSTRAINED] += int(np.sum(_flags(pc.not_equal(form, "text")) | _flags(choice)))
+        media = (_ints(table["image_count"]) > 0) | (_ints(table["audio_count"]) > 0)
+        self.unlike[MEDIA] += int(media.sum())
 
     def _take_inputs(self, table: pa.Table, here: slice) -> None:
         known = pc.coalesce(table["input_tokens"], table["planned_input_tokens"])

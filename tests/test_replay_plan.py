@@ -132,6 +132,51 @@ def test_requests_that_the_candidate_cannot_take_are_said_before(tmp_path: Path)
     plan = make_plan(options(tape(tmp_path / "t", rows)), offline=True)
     plan.target = replace(plan.target, max_model_tokens=100)
     assert "2 requests are longer than the 100 tokens that the candidate takes" in plan.text()
+    with pytest.raises(UsageError, match=r"2 requests are longer .* --clip cuts their prompts"):
+        plan.check()
+    plan.options.force = True
+    plan.check()
+
+
+def test_clipped_prompts_leave_room_for_their_output_and_keep_their_beginning(
+    tmp_path: Path,
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"input_tokens": 90, "output_tokens": 10},
+        {
+            "input_tokens": 500,
+            "output_tokens": 10,
+            "block_hashes": [1, 2, 3, 4],
+            "block_tokens": 40,
+        },
+        {"input_tokens": 500, "output_tokens": 900},
+        {"input_tokens": 100, "output_tokens": 0},
+    ]
+    source = tape(tmp_path / "t", [{"block_unit": "token"} | row for row in rows])
+    whole, plan = (make_plan(options(source, namespace=""), offline=True) for _ in range(2))
+    plan.target = replace(plan.target, max_model_tokens=100)
+    plan.clip()
+    plan.check()
+    sizes = [
+        (len(body["prompt"]), body["max_tokens"])
+        for body in (json.loads(plan.outgoing(i).body) for i in range(4))
+    ]
+    assert sizes == [(90, 10), (90, 10), (1, 99), (99, 1)]
+    assert plan.outgoing(1).row["planned_input_tokens"] == 90
+    begins = json.loads(whole.outgoing(1).body)["prompt"][:90]
+    assert json.loads(plan.outgoing(1).body)["prompt"] == begins
+    assert "3 requests are cut to the 100 tokens that the candidate takes" in plan.text()
+
+
+def test_what_a_replay_does_not_repeat_of_its_requests_is_said(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"response_format": "json_schema"},
+        {"response_format": "text", "tool_choice": "required", "image_count": 2},
+        {"tool_choice": "auto", "audio_count": 1},
+    ]
+    said = make_plan(options(tape(tmp_path / "t", rows)), offline=True).text()
+    assert "2 requests of the tape had to be answered in a form" in said
+    assert "2 requests of the tape had images or sound" in said
 
 
 def test_what_a_reader_must_know_is_said(tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ def replay(
         bool,
         typer.Option("--precise", help="Wait for due times awake: exacter sends, a busier core."),
     ] = False,
+    clip: Annotated[
+        bool, typer.Option("--clip", help="Cut prompts that are longer than the candidate takes.")
+    ] = False,
     sentinels: Annotated[
         bool,
         typer.Option(
@@ -219,6 +222,7 @@ def replay(
         first_byte_timeout_ns=_some_time("--first-byte-timeout", first_byte_timeout)
         if first_byte_timeout is not None
         else None,
+        clip=clip,
         sentinels=sentinels,
         precise=precise,
         include_failed=include_failed,
