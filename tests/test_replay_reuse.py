@@ -20,6 +20,7 @@ from tokentape.replay.asked import Asked
 from tokentape.replay.options import ReplayOptions
 from tokentape.replay.run import make_plan, run_plan
 from tokentape.traces.importers import import_trace
+from tokentape.traces.reader import open_tape
 
 DATA = Path(__file__).parent.parent / ".." / "shared" / "data"
 MOONCAKE = DATA / "mooncake" / "conversation_trace.jsonl"
@@ -110,6 +111,10 @@ def test_a_cache_that_forgets_nothing_finds_what_a_slice_shares_and_no_more_of_t
         once = hit_rate(url, source, tmp_path / "1", speed=Fraction(200))
         doubled = Asked(multiply=Fraction(2))
         twice = hit_rate(url, source, tmp_path / "2", speed=Fraction(200), operators=doubled)
+    run = open_tape(tmp_path / "2").read().to_pylist()
+    assert len({(r["source_request_id"], r["copy_index"]) for r in run}) == len(run) == 120
+    names = [{h for r in run if r["copy_index"] == k for h in r["block_hashes"]} for k in (0, 1)]
+    assert len(names[0]) == len(names[1]) and not names[0] & names[1]
     assert ideal(rows) > 0.4  # they share a lot
     assert once == pytest.approx(ideal(rows), abs=0.01)
     assert twice == pytest.approx(ideal(rows), abs=0.01)
