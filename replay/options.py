@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from tokentape.replay.apis import Wanted
 from tokentape.replay.asked import Asked
 from tokentape.replay.sessions import Shard
 from tokentape.replay.targets import ENDPOINTS, HEADER_NAME, OURS, redacted
@@ -32,7 +33,7 @@ class ReplayOptions:
     headers: dict[str, str] = field(default_factory=dict, repr=False)
     key_env: str | None = None
     ca: Path | None = None  # PEM of who signed the candidate's certificate
-    endpoint: str = "recorded"  # or completions, chat
+    endpoint: Wanted = "recorded"
     max_requests: int | None = None
     max_tokens: int | None = None
     timeout_ns: int | None = None  # per request; None waits for ever
@@ -93,7 +94,8 @@ class ReplayOptions:
         if ours := sorted(self.body.keys() & set(OURS)):
             raise UsageError(f"--body {ours[0]}: that field follows from the tape and the options")
         if self.endpoint not in ("recorded", *ENDPOINTS):
-            raise UsageError(f"--endpoint {self.endpoint}: give recorded, completions or chat")
+            known = ", ".join(ENDPOINTS)
+            raise UsageError(f"--endpoint {self.endpoint}: give recorded, {known}")
 
     def fresh_namespace(self) -> str:
         """A namespace that no run has had: no candidate's cache holds prompts of it.

@@ -343,8 +343,13 @@ class Plan:
         f = self.figures
         recorded, span = _duration(f["recorded_span_ns"]), _duration(f["span_ns"])
         chat, plain = f["chat_requests"], f["requests"] - f["chat_requests"]
-        kinds = " and ".join(
-            f"{n} {name}" for n, name in ((plain, "completions"), (chat, "chat")) if n
+        wanted = self.options.endpoint
+        kinds = (
+            f"{f['requests']} {wanted}"
+            if wanted != "recorded"
+            else " and ".join(
+                f"{n} {name}" for n, name in ((plain, "completions"), (chat, "chat")) if n
+            )
         )
         rate = (
             f"  rate: mean {f['mean_per_s']:.2f}/s, peak {f['peak_per_s']} in one second, "

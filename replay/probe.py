@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from time import monotonic_ns
 from typing import Any
 
+from tokentape.replay.apis import APIS, Endpoint
 from tokentape.replay.prompts import Draws, Length, PromptSource, TokenIds, Words, Writing
 from tokentape.replay.targets import (
     NOTHING,
-    WIRE_FORMATS,
     Address,
-    Endpoint,
     Form,
     Headers,
     Pinning,
@@ -40,6 +39,8 @@ LADDER = (
     Pinning("max_completion_tokens", min_tokens=False, ignore_eos=False),
     Pinning(min_tokens=False, ignore_eos=False, include_usage=False),
 )
+# Where usage comes unasked.
+SHORTER = LADDER[:3]
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ class Probe:
     async def _ask(self, form: Form, units: int) -> Answer:
         body = form.body(self._draws(units), 1, stream=True)
         url = self._address.url(form.endpoint)
-        status, kind, reply = await self._fetch("POST", url, body)
-        parser = reply_parser(WIRE_FORMATS[form.endpoint], True, status, kind, "")
+        status, kind, reply = await self._fetch("POST", url, body, APIS[form.endpoint].headers)
+        parser = reply_parser(APIS[form.endpoint].wire_format, True, status, kind, "")
         parser.feed(reply, monotonic_ns(), 1)
         columns = parser.finish(monotonic_ns(), complete=True).columns
         message = "" if status == 200 else self._message(reply)
@@ -155,8 +156,10 @@ class Probe:
     def _draws(self, units: int) -> Draws:
         return self._prompts.draws(next(self._numbers).to_bytes(8), units)
 
-    async def _fetch(self, method: str, url: str, body: bytes | None) -> tuple[int, str, bytes]:
-        headers = self._headers.for_sending()
+    async def _fetch(
+        self, method: str, url: str, body: bytes | None, more: Mapping[str, str] = NOTHING
+    ) -> tuple[int, str, bytes]:
+        headers = {**more, **self._headers.for_sending()}
         try:
             status, kind, reply = await fetch(
                 method, url, headers, body, PROBE_TIMEOUT_S, self._address.ca
@@ -187,9 +190,11 @@ class Probe:
 
 def _rungs(endpoint: Endpoint, model: str, more: Mapping[str, Any]) -> Iterator[Form]:
     """Forms to try: token ids before words where the endpoint may take them."""
-    writings: list[Writing] = [TokenIds(), Words()] if endpoint == "completions" else [Words()]
+    api = APIS[endpoint]
+    writings: list[Writing] = [TokenIds(), Words()] if api.token_ids else [Words()]
+    ladder = LADDER if api.stream_options else tuple(replace(p, limit=api.limit) for p in SHORTER)
     for writing in writings:
-        for pinning in LADDER:
+        for pinning in ladder:
             yield Form(endpoint, model, writing, Length(), pinning, "", dict(more))
 
 

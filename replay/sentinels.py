@@ -7,10 +7,12 @@ two candidates may differ by their arithmetic alone, so a difference there is sa
 
 import asyncio
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any
 
+from tokentape.replay.apis import APIS
 from tokentape.replay.targets import Form, Target
 from tokentape.replay.transport import NO_REPLY, fetch
 from tokentape.traces.errors import TokentapeError
@@ -24,6 +26,7 @@ QUESTIONS = (
 )
 ANSWER_TOKENS = 24
 TIMEOUT_S = 60.0
+_SAID = frozenset(("content", "reasoning_content", "reasoning", "text", "generated_text"))
 
 
 @dataclass(frozen=True)
@@ -40,27 +43,23 @@ def ask(target: Target) -> list[Answer]:
 
 
 async def _ask_all(target: Target) -> list[Answer]:
-    form = next(iter(target.forms.values()))
+    form = next(iter(target.forms.values()))  # one is as good as another
     return [await _ask(target, form, question) for question in QUESTIONS]
 
 
 async def _ask(target: Target, form: Form, question: str) -> Answer:
-    asked: dict[str, Any] = {
-        "model": form.model,
-        form.pinning.limit: ANSWER_TOKENS,
-        "temperature": 0,
-        "stream": False,
-    }
-    if form.endpoint == "chat":
-        asked["messages"] = [{"role": "user", "content": question}]
-    else:
-        asked["prompt"] = question
+    api = APIS[form.endpoint]
+    settings: dict[str, Any] = {form.pinning.limit: ANSWER_TOKENS, "temperature": 0}
+    if api.inside is not None:
+        settings = {api.inside: settings}
+    rest = json.dumps({"model": form.model, "stream": False} | settings).encode()
+    prompt = api.prompt[0] + json.dumps(question).encode() + api.prompt[1]
     try:
         status, _, body = await fetch(
             "POST",
             target.address.url(form.endpoint),
-            target.headers.for_sending(),
-            json.dumps(asked).encode(),
+            {**api.headers, **target.headers.for_sending()},
+            b"{" + prompt + b"," + rest[1:],
             TIMEOUT_S,
             target.address.ca,
         )
@@ -77,17 +76,24 @@ async def _ask(target: Target, form: Form, question: str) -> Answer:
 
 
 def _text(body: bytes) -> str:
-    """The text of a whole reply, reasoning before it; empty where there is none."""
+    """The text of a whole reply of any API, reasoning included; empty where there is none."""
     try:
-        choice = json.loads(body)["choices"][0]
-        message = choice.get("message") or {}
-        parts = (
-            message.get("reasoning_content") or message.get("reasoning"),
-            message.get("content") or choice.get("text"),
-        )
-        return "".join(part for part in parts if isinstance(part, str))
-    except (ValueError, LookupError, TypeError, AttributeError):
+        found = json.loads(body)
+    except ValueError:
         return ""
+    return "".join(_texts(found))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """What lies under the keys that APIs give to what a model said, in order."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key in _SAID and isinstance(item, str):
+            yield item
+        elif isinstance(item, dict | list):
+            yield from _texts(item)
 
 
 def as_facts(before: list[Answer], after: list[Answer]) -> dict[str, Any]:

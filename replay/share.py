@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from yarl import URL
 
 from tokentape.replay.ahead import Outgoing
+from tokentape.replay.apis import APIS, Endpoint, Wanted
 from tokentape.replay.prompts import PromptSource
 from tokentape.replay.rows import Positions, ReadAhead, TapeRows
 from tokentape.replay.schedule import Ints
-from tokentape.replay.targets import Endpoint, Target
+from tokentape.replay.targets import Target
 
 _UNQUOTED = "!#$%&'()*+,/:;=?@[]|<>{}^"  # of a session's name in a header: visible ASCII
 
@@ -44,7 +45,7 @@ class Share:
     seed: int
     namespace: str
     session_header: str | None
-    wanted_endpoint: str  # recorded, completions or chat
+    wanted_endpoint: Wanted
     target: Target
     peak_in_flight: int
     timeout_ns: int | None
@@ -100,13 +101,13 @@ class Share:
             "planned_output_tokens": output_tokens,
         }
         body = form.body(draws, output_tokens, stream=stream)
-        return Outgoing(self._urls[form.endpoint], self._headers_of(row), body, row)
+        return Outgoing(self._urls[form.endpoint], self._headers_of(form.endpoint, row), body, row)
 
-    def _headers_of(self, row: dict[str, Any]) -> dict[str, str]:
-        session_id = row.get("session_id")
+    def _headers_of(self, endpoint: Endpoint, row: dict[str, Any]) -> dict[str, str]:
+        session_id, headers = row.get("session_id"), self._headers[endpoint]
         if self.session_header is None or session_id is None:
-            return self._headers
-        return self._headers | {self.session_header: quote(session_id, safe=_UNQUOTED)}
+            return headers
+        return headers | {self.session_header: quote(session_id, safe=_UNQUOTED)}
 
     @cached_property
     def _prompts(self) -> PromptSource:
@@ -117,12 +118,13 @@ class Share:
         return {e: URL(self.target.address.url(e)) for e in self.target.forms}
 
     @cached_property
-    def _headers(self) -> dict[str, str]:
-        return self.target.headers.for_sending()
+    def _headers(self) -> dict[Endpoint, dict[str, str]]:
+        own = self.target.headers.for_sending()
+        return {e: {**APIS[e].headers, **own} for e in self.target.forms}
 
 
-def endpoint(wanted: str, *, chat: bool) -> Endpoint:
+def endpoint(wanted: Wanted, *, chat: bool) -> Endpoint:
     """The endpoint of a request: as recorded unless one is wanted."""
     if wanted == "recorded":
         return "chat" if chat else "completions"
-    return "chat" if wanted == "chat" else "completions"
+    return wanted

@@ -13,20 +13,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
+from tokentape.replay.apis import APIS, Endpoint
 from tokentape.replay.prompts import Draws, Length, TokenIds, Words, Writing
 from tokentape.traces.errors import UsageError
 
-Endpoint = Literal["completions", "chat"]
-ENDPOINTS: tuple[Endpoint, ...] = ("completions", "chat")
-PATHS: dict[Endpoint, str] = {"completions": "/completions", "chat": "/chat/completions"}
-WIRE_FORMATS: dict[Endpoint, str] = {"completions": "openai.completions", "chat": "openai.chat"}
-OPERATIONS: dict[Endpoint, str] = {"completions": "text_completion", "chat": "chat"}
-
+ENDPOINTS: tuple[Endpoint, ...] = tuple(APIS)
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
-OURS = ("model", "prompt", "messages", "stream", "max_tokens", "max_completion_tokens")
+OURS = (
+    *("model", "prompt", "messages", "input", "text", "input_ids", "inputs", "stream"),
+    *("max_tokens", "max_completion_tokens", "max_output_tokens", "sampling_params", "parameters"),
+)
 
 
 class Headers:
@@ -102,11 +101,12 @@ class Address:
 
     def path(self, endpoint: Endpoint) -> str:
         """The request path of an endpoint."""
-        return urlsplit(self.base).path + PATHS[endpoint]
+        return urlsplit(self.url(endpoint)).path
 
     def url(self, endpoint: Endpoint) -> str:
         """The whole URL of an endpoint."""
-        return self.base + PATHS[endpoint]
+        api = APIS[endpoint]
+        return (self.root if api.at_root else self.base) + api.path
 
     @classmethod
     def parse(cls, to: str, ca: Path | None = None) -> "Address":
@@ -129,7 +129,7 @@ class Address:
             )
         host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
         path = url.path.rstrip("/") or "/v1"
-        for tail in ("/chat/completions", "/completions"):
+        for tail in ("/chat/completions", "/completions", "/responses", "/messages"):
             path = path.removesuffix(tail)
         userinfo = unquote(url.netloc.rpartition("@")[0])
         return cls(f"{url.scheme}://{host}{f':{port}' if port else ''}{path}", userinfo, ca)
@@ -172,43 +172,46 @@ class Form:
 
     def body(self, draws: Draws, output_tokens: int, *, stream: bool) -> bytes:
         """The request body; `draws` has one entry per unit that `length` asks for."""
-        text = self.writing.write(draws)
-        inside = b"[" + text + b"]" if isinstance(self.writing, TokenIds) else b'"' + text + b'"'
-        if self.endpoint == "chat":
-            prompt = b'"messages":[{"role":"user","content":' + inside + b"}]"
+        text, api = self.writing.write(draws), APIS[self.endpoint]
+        if isinstance(self.writing, TokenIds) and api.token_ids is not None:
+            prompt = api.token_ids + b"[" + text + b"]"
         else:
-            prompt = b'"prompt":' + inside
+            prompt = api.prompt[0] + b'"' + text + b'"' + api.prompt[1]
         rest = json.dumps(self.settings(output_tokens, stream=stream), separators=(",", ":"))
         model = json.dumps(self.model).encode()
         return b'{"model":' + model + b"," + prompt + b"," + rest[1:].encode()
 
     def settings(self, output_tokens: int, *, stream: bool) -> dict[str, Any]:
         """The scalars of a body."""
-        pin = self.pinning
+        pin, api = self.pinning, APIS[self.endpoint]
         settings: dict[str, Any] = {pin.limit: output_tokens}
         if pin.min_tokens:
-            settings["min_tokens"] = output_tokens
+            settings[api.least] = output_tokens
         if pin.ignore_eos:
             settings["ignore_eos"] = True
+        settings |= api.settings
+        if api.inside is not None:
+            settings = {api.inside: settings}
         settings["stream"] = stream
-        if stream and pin.include_usage:
+        if stream and pin.include_usage and api.stream_options:
             settings["stream_options"] = {"include_usage": True}
         return settings | dict(self.more)
 
     def columns(self, output_tokens: int, *, stream: bool) -> dict[str, Any]:
         """What a row says about such a request."""
-        pin = self.pinning
+        pin, api = self.pinning, APIS[self.endpoint]
+        usage = stream and pin.include_usage and api.stream_options
         return {
-            "operation": OPERATIONS[self.endpoint],
-            "wire_format": WIRE_FORMATS[self.endpoint],
+            "operation": api.operation,
+            "wire_format": api.wire_format,
             "stream": stream,
             "model_requested": self.model,
             "n_choices": 1,
             "max_tokens": output_tokens,
             "min_tokens": output_tokens if pin.min_tokens else None,
             "ignore_eos": True if pin.ignore_eos else None,
-            "include_usage": True if stream and pin.include_usage else None,
-            "message_count": 1 if self.endpoint == "chat" else None,
+            "include_usage": True if usage else None,
+            "message_count": 1 if api.operation == "chat" else None,
         }
 
 
@@ -239,9 +242,9 @@ def unprobed(
         endpoint: Form(
             endpoint,
             model,
-            TokenIds() if endpoint == "completions" else Words(),
+            TokenIds() if APIS[endpoint].token_ids else Words(),
             Length(),
-            Pinning(),
+            Pinning(APIS[endpoint].limit),
             "assumed, the candidate was not asked",
         )
         for endpoint in endpoints

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import pytest
 
 from replay_server import Script, Seen, Server, Step, engine_like, plain, serve, streamed
+from tokentape.replay.apis import Endpoint
 from tokentape.replay.probe import find_target
 from tokentape.replay.prompts import Length, TokenIds, Words
-from tokentape.replay.targets import Address, Endpoint, Headers, Pinning, Target
+from tokentape.replay.targets import Address, Headers, Pinning, Target
 from tokentape.traces.errors import TokentapeError
 
 KEY = "sk-very-secret-0123456789"

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from tokentape.replay.apis import Endpoint
 from tokentape.replay.prompts import Length, PromptSource, TokenIds, Words
-from tokentape.replay.targets import Address, Endpoint, Form, Headers, Pinning, redacted
+from tokentape.replay.targets import Address, Form, Headers, Pinning, redacted
 from tokentape.traces.errors import UsageError
 
 KEY = "sk-very-secret-0123456789"

@@ -89,7 +89,8 @@ def replay(
         typer.Option(metavar="FIELD=JSON", help="A further field of each request's body."),
     ] = None,
     endpoint: Annotated[
-        Literal["recorded", "completions", "chat"], typer.Option(help="Which API to ask.")
+        Literal["recorded", "completions", "chat", "responses", "anthropic", "sglang", "tgi"],
+        typer.Option(help="Which API to ask; recorded: chat or completions, as it was."),
     ] = "recorded",
     header: Annotated[
         list[str] | None,
