@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokentape.replay.operators import Operator, Selected
-from tokentape.replay.reuse import repeated_blocks
+from tokentape.replay.reuse import MOST_BLOCKS, repeated_blocks
 from tokentape.replay.schedule import NS_PER_S, Ints, Schedule
 from tokentape.replay.sessions import Numbers, of_copies
 from tokentape.replay.source import Source
@@ -44,6 +44,11 @@ class Shape:
     reuse_requests: int
     distorts: str = ""
 
+    @property
+    def reuse_is_partial(self) -> bool:
+        """True where there were more blocks than are looked at."""
+        return self.reuse is not None and self.reuse_requests < self.requests
+
     def as_dict(self) -> dict[str, Any]:
         """For machines."""
         return asdict(self)
@@ -59,7 +64,9 @@ class Shape:
             _number(self.dispersion_1s),
             _number(self.dispersion_60s),
             "-" if gap_ns is None else f"{gap_ns / NS_PER_S:.2f} s",
-            "-" if self.reuse is None else f"{100 * self.reuse:.1f} %",
+            "-"
+            if self.reuse is None
+            else f"{100 * self.reuse:.1f} %" + "*" * self.reuse_is_partial,
         )
 
 
@@ -123,6 +130,8 @@ class Shapes:
                 lines += textwrap.wrap(
                     shape.distorts, 90, initial_indent=_IN, subsequent_indent=_IN
                 )
+        if any(shape.reuse_is_partial for shape in self.found):
+            lines.append(f"    * of the first requests, as many as have {MOST_BLOCKS:,} blocks")
         return lines
 
 

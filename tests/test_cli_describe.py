@@ -45,7 +45,7 @@ def test_a_file_describes_all_that_can_be_asked_for(tmp_path: Path) -> None:
         ),
         context_tokens=32_000,
         block_tokens=64,
-        chat=True,
+        chat=Fraction(1),
         seed=9,
     )
     assert described(str(tmp_path / "load.toml")) == expected
@@ -69,7 +69,7 @@ MISTAKES = [
     (f"{GOOD}; turns='3'", "SPEC: turns = '3': it: an argument is not NAME=VALUE"),
     (f"{GOOD}; turns='mean=0.5'", "SPEC: turns = 'mean=0.5': turns: mean from 1 to most"),
     (f"{GOOD}; prefixes='count=x tokens=1'", "need count=20 tokens=2048 share=80% zipf=1"),
-    (f"{GOOD}; chat=1", "SPEC: chat = 1: need true or false"),
+    (f"{GOOD}; chat=1", "SPEC: chat = 1: need true, false, or a share"),
     (f"{GOOD}; context=1", "SPEC: context_tokens 1: give at least 2"),
     ('arrivals="poisson 5 for 1m"; input=8; output=2', "rate 5: need a rate above zero such as"),
     ('arrivals="poisson 5/s for 1"; input=8; output=2', "for 1: need a duration such as 500ms"),

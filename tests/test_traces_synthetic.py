@@ -100,6 +100,7 @@ TALK = Described(
     Prefixes(3, 1000, Fraction(1, 2)),
     Turns(2.5, 9),
     context_tokens=6000,
+    chat=Fraction(1, 4),
     seed=4,
 )
 
@@ -131,6 +132,10 @@ def test_a_described_tape_is_sound_in_order_and_says_that_nobody_recorded_it(
     assert (np.diff(table["arrival_ns"].to_numpy()) >= 0).all()
     assert table["outcome"].null_count == table["end_ns"].null_count == table.num_rows
     assert done.requests == table.num_rows
+    kinds = {r["session_id"]: r["operation"] for r in table.to_pylist()}
+    assert all(kinds[r["session_id"]] == r["operation"] for r in table.to_pylist())
+    chats = sum(kind == "chat" for kind in kinds.values())
+    assert abs(chats - len(kinds) / 4) < 6 * (len(kinds) * 3 / 16) ** 0.5
     assert done.sessions == len(set(table["session_id"].to_pylist()))
     assert done.input_tokens == sum(table["input_tokens"].to_pylist())
 

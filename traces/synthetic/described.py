@@ -156,6 +156,7 @@ class Described:
 
     context_tokens: a session ends before the turn whose prompt and reply would exceed it.
     block_tokens: size of the prefix blocks; there are none unless prefixes or turns are asked for.
+    chat: share of the sessions that use the chat endpoint; the others complete a text.
     """
 
     arrivals: tuple[Part, ...]
@@ -165,7 +166,7 @@ class Described:
     turns: Turns | None = None
     context_tokens: int | None = None
     block_tokens: int = 128
-    chat: bool = False
+    chat: Fraction = Fraction(0)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -180,6 +181,8 @@ class Described:
             )
         if not 1 <= self.block_tokens <= 1 << 20:
             raise UsageError(f"block_tokens {self.block_tokens}: give one from 1 to 1,048,576")
+        if not 0 <= self.chat <= 1:
+            raise UsageError("chat: give a share from 0% to 100%")
         if self.context_tokens is not None and self.context_tokens < 2:
             raise UsageError(f"context_tokens {self.context_tokens}: give at least 2")
 
@@ -200,7 +203,7 @@ class Described:
             "turns": asdict(self.turns) if self.turns else None,
             "context_tokens": self.context_tokens,
             "block_tokens": self.block_tokens,
-            "chat": self.chat,
+            "chat": str(self.chat),
             "seed": self.seed,
         }
 

@@ -99,7 +99,7 @@ class _Load:
 
     def __init__(self, described: Described) -> None:
         self._described = described
-        names = ("input", "output", "pairs", "turns", "think", "prefixed", "prefix")
+        names = ("input", "output", "pairs", "turns", "think", "prefixed", "prefix", "chat")
         self._random = {name: random_of(name, described.seed) for name in names}
         self._sessions = self._rows = 0
         prefixes = described.prefixes
@@ -117,6 +117,7 @@ class _Load:
         turn = np.arange(len(session)) - first
         own, output = self._lengths(len(session))
         prefix = self._prefix_of(count)
+        chat = self._random["chat"].random_sample(count) < float(described.chat)
         shared = np.zeros(count, dtype=np.int64)
         if described.prefixes is not None:
             shared[prefix >= 0] = described.prefixes.tokens
@@ -133,9 +134,7 @@ class _Load:
             "input_tokens": pa.array(prompt[kept]),
             "output_tokens": pa.array(output[kept]),
             "outcome": pa.nulls(int(kept.sum()), pa.string()),
-            "operation": pa.repeat(
-                pa.scalar("chat" if described.chat else "text_completion"), int(kept.sum())
-            ),
+            "operation": _operations(chat[session[kept]]),
         }
         parents = None
         if described.turns is not None:
@@ -222,6 +221,12 @@ class _Load:
             "block_scope": pa.repeat(pa.scalar("tape"), len(prompt)),
             "prefix_partial": pa.array((prompt % size).astype(np.int32)),
         }
+
+
+def _operations(chat: NDArray[np.bool_]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(
+        pa.array(chat.astype(np.int8)), pa.array(["text_completion", "chat"])
+    ).cast(pa.string())
 
 
 def _session_columns(names: Ints, turn: Ints, think_ns: Ints) -> dict[str, pa.Array]:

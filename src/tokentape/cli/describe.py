@@ -24,6 +24,7 @@ PREFIXES_FORM = "count=20 tokens=2048 share=80% zipf=1"
 TURNS_FORM = "mean=3 max=20"
 THINK_FORM = "5s, or lognormal mean=8s cv=1 max=10m"
 REPLY_FORM = "500ms 50/s: until the first token, then tokens/s"
+CHAT_FORM = "true, false, or a share of the sessions such as 50%"
 KEYS = (
     *("arrivals", "input", "output", "prefixes", "turns", "think", "reply"),
     *("context", "block_tokens", "chat", "seed"),
@@ -90,7 +91,7 @@ class _Reading:
                 turns=turns,
                 context_tokens=self._read("context", _whole, "a number of tokens"),
                 block_tokens=self._read("block_tokens", _whole, "a number of tokens") or 128,
-                chat=bool(self._read("chat", _flag, "true or false")),
+                chat=self._read("chat", _share, CHAT_FORM) or Fraction(0),
                 seed=seed if seed is not None else self._read("seed", _whole, "a number") or 0,
             )
         except UsageError as error:
@@ -223,7 +224,9 @@ def _whole(value: Any) -> int:
     return value
 
 
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
+def _share(value: Any) -> Fraction:
+    if isinstance(value, bool):
+        return Fraction(int(value))
+    if not isinstance(value, str):
         raise TypeError(value)
-    return value
+    return units.percent("it", value)

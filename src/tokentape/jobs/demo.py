@@ -12,23 +12,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from tokentape.traces.errors import TokentapeError
-from tokentape.traces.identity import request_id
-from tokentape.traces.writer import TapeWriter
 
 Tell = Callable[[str], None]
 
-SEED = 7
-RATE_PER_S = 8.0
-SPAN_S = 16.0
-BLOCK_TOKENS = 128
-PROFILES = {
-    "today": "# about an 8B model on one H100\nprefill_tokens_per_s = 40000.0\nstep_ms = 6.1\n",
-    "candidate": "# a faster card\nprefill_tokens_per_s = 90000.0\nstep_ms = 3.6\n",
+FILES = {
+    "traffic.toml": (
+        'arrivals = "poisson 8/s for 16s"\n'
+        'input = "lognormal mean=300 cv=1.1 min=20 max=4000"\n'
+        'output = "lognormal mean=70 cv=0.8 min=4 max=400"\n'
+        'prefixes = "count=2 tokens=768 share=67% zipf=0"\n'
+        'chat = "50%"\n'
+        "seed = 7\n"
+    ),
+    "today.toml": (
+        "# about an 8B model on one H100\nprefill_tokens_per_s = 40000.0\nstep_ms = 6.1\n"
+    ),
+    "candidate.toml": "# a faster card\nprefill_tokens_per_s = 90000.0\nstep_ms = 3.6\n",
 }
-
 
 SAMPLE = ("capture.tape", "run.tape")
 
@@ -54,11 +55,11 @@ def demo(folder: Path, tell: Tell) -> Demo:
     if folder.exists() and any(folder.iterdir()):
         raise TokentapeError(f"{folder}: is not empty; choose another --folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in PROFILES.items():
-        (folder / f"{name}.toml").write_text(text)
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
     steps = Steps(folder, tell)
-    requests = write_traffic(folder / "traffic.tape")
-    tell(f"1/4  {requests} requests are in traffic.tape: chat and completions, shared prompts")
+    tell("1/4  generate: 16 s of described load, chat and completions, with shared prompts")
+    steps.run("generate", "traffic.toml", "--tape", "traffic.tape")
     with steps.serving("engine", "--profile", "today.toml") as engine:
         tell("2/4  capture: a proxy in front of today's engine records what passes")
         with steps.serving("capture", "--upstream", engine, "--tape", "prod.tape") as proxy:
@@ -136,51 +137,3 @@ def last_line(text: str) -> str:
     """The last line that says something."""
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "ended without a word"
-
-
-def write_traffic(tape: Path) -> int:
-    """A seeded tape: Poisson arrivals, log-normal lengths, shared prefixes; returns its rows."""
-    rng = np.random.default_rng(SEED)
-    writer = TapeWriter.create(
-        tape,
-        role="simulation",
-        command=["tokentape", "demo"],
-        options={"seed": SEED, "rate_per_s": RATE_PER_S},
-        facts={"source": "synthetic"},
-    )
-    at_ns, count = 0, 0
-    while (at_ns := at_ns + int(rng.exponential(1e9 / RATE_PER_S))) < SPAN_S * 1e9:
-        writer.append(_request(rng, at_ns, count))
-        count += 1
-    writer.close()
-    return count
-
-
-def _request(rng: np.random.Generator, at_ns: int, number: int) -> dict[str, object]:
-    shared_blocks = int(rng.choice([0, 4, 8]))  # none, or one of two system prompts
-    own_tokens = int(np.clip(rng.lognormal(5.3, 0.9), 20, 4000))
-    input_tokens = shared_blocks * BLOCK_TOKENS + own_tokens
-    own_blocks = own_tokens // BLOCK_TOKENS
-    chat = number % 2 == 0
-    return {
-        "request_id": request_id(at_ns),
-        "scheduled_ns": at_ns,
-        "arrival_ns": at_ns,
-        "operation": "chat" if chat else "text_completion",
-        "wire_format": "openai.chat" if chat else "openai.completions",
-        "endpoint": "/v1/chat/completions" if chat else "/v1/completions",
-        "stream": True,
-        "input_tokens": input_tokens,
-        "input_tokens_source": "trace",
-        "output_tokens": int(np.clip(rng.lognormal(4.0, 0.7), 4, 400)),
-        "output_tokens_source": "trace",
-        "block_tokens": BLOCK_TOKENS,
-        "block_unit": "token",
-        "block_scope": "tape",
-        "block_hashes": [
-            *(shared_blocks * 1000 + i for i in range(shared_blocks)),
-            *(1_000_000 + number * 1000 + i for i in range(own_blocks)),
-        ],
-        "prefix_partial": own_tokens % BLOCK_TOKENS,
-        "outcome": "ok",
-    }
