@@ -159,15 +159,15 @@ def _gaps(part: pa.Table, most: int) -> Floats:
 
 def _arrivals(pairs: Pairs) -> Difference | None:
     """p99 of how far requests were sent from their place in the tape; copies have their own."""
-    first = _floats(pairs.run["copy_index"]) > 0
-    sent, due = _floats(pairs.run["send_ns"]), _floats(pairs.tape["arrival_ns"]) / pairs.speed
-    away = (sent - due)[np.isfinite(sent) & np.isfinite(due) & ~first]
+    first = ~(_floats(pairs.run["copy_index"]) > 0)
+    sent, at_ns = (_floats(t)[first] for t in (pairs.run["send_ns"], pairs.tape["arrival_ns"]))
+    due = at_ns / pairs.speed
+    away = (sent - due)[np.isfinite(sent) & np.isfinite(due)]
     if len(away) < 2:
         return None
     away = np.abs(away - np.median(away))
     p99 = float(np.quantile(away, 0.99, method="higher"))
-    ours = _burstiness(_floats(pairs.run["send_ns"]))
-    theirs = _burstiness(_floats(pairs.tape["arrival_ns"]))
+    ours, theirs = _burstiness(sent), _burstiness(at_ns)
     text = f"p99 {p99 / NS_PER_MS:.2f} ms from the tape's instants, CV of gaps {ours:.3g}, "
     text += f"recorded {theirs:.3g}"
     return Difference("arrivals", p99, "ns", p99 > ARRIVALS_NS, text)

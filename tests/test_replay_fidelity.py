@@ -62,6 +62,17 @@ def test_a_request_that_leaves_its_place_is_told_in_ns(tmp_path: Path) -> None:
     assert "p99 30.00 ms" in found.line
 
 
+def test_copies_say_nothing_of_the_arrivals_that_were_recorded(tmp_path: Path) -> None:
+    found = tapes(
+        tmp_path,
+        source_request_id=lambda n, _: (n - n % 2).to_bytes(16),
+        copy_index=lambda n, _: n % 2,
+        send_ns=lambda n, at: at + 5 * MS * (n % 2),
+    )
+    [arrivals] = [d for d in found.found if d.name == "arrivals"]
+    assert arrivals.text == "p99 0.00 ms from the tape's instants, CV of gaps 0, recorded 0"
+
+
 def test_a_slower_candidate_has_more_in_flight_than_the_tape(tmp_path: Path) -> None:
     found = tapes(tmp_path, end_ns=lambda _, at: at + 4 * MS)  # 9 ms instead of 5
     assert differing(found) == {"concurrency": pytest.approx(4 / 5, abs=0.05)}
