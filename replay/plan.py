@@ -253,6 +253,7 @@ class Plan:
         """What is known of the candidate, without credentials."""
         forms = self.target.forms.items()
         return {
+            **self.target.facts,
             **self.options.facts,  # what was asked of the candidate outranks what was said of it
             "given": self.options.facts,
             "url": self.target.address.base,

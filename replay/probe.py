@@ -5,6 +5,7 @@ ladder, and the rung reached is said in the plan. It must end in one clear line 
 is dead or does not let us in, and never shows a header's value.
 """
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +31,29 @@ from tokentape.traces.wire import reply_parser
 PROBE_TIMEOUT_S = 60.0  # an engine may compile on its first request
 SHORT, LONG = 8, 40  # units of the two prompts that find the length rule
 REFUSED = (400, 415, 422, 501)  # the server read the request and does not take it as it is
+
+# Engines by the `owned_by` of their models.
+ENGINES = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "tokentape": "tokentape"}
+# Where engines tell about themselves, and our names for what they say: vLLM, SGLang, TGI.
+PAGES: dict[str, dict[str, str]] = {
+    "/version": {"version": "engine_version"},
+    "/get_server_info": {
+        "version": "engine_version",
+        "tp_size": "tp",
+        "dp_size": "dp",
+        "dtype": "dtype",
+        "quantization": "quantization",
+        "kv_cache_dtype": "kv_cache_dtype",
+        "speculative_algorithm": "speculation",
+        "disable_radix_cache": "prefix_cache_off",
+    },
+    "/info": {
+        "version": "engine_version",
+        "model_dtype": "dtype",
+        "router": "engine",
+    },
+}
+FACT_CHARS = 64
 
 # What the candidate is asked to fix, from most to least; the first set that it takes is used.
 LADDER = (
@@ -60,6 +84,7 @@ class Probe:
     ) -> None:
         self._more = more
         self.offered: list[str] = []  # models, where the candidate lists them
+        self._owner = ""
         self._address = address
         self._headers = headers
         self._numbers = itertools.count()
@@ -76,6 +101,7 @@ class Probe:
             return wanted, None  # not every candidate has that page
         offered = [m for m in _list(_json(body), "data") if "id" in m] if status == 200 else []
         self.offered = [str(m["id"]) for m in offered]
+        self._owner = str(offered[0].get("owned_by")) if offered else ""
         if wanted is None:
             if status != 200:
                 raise TokentapeError(
@@ -91,6 +117,19 @@ class Probe:
                 )
         limits = [m.get("max_model_len") for m in offered if str(m["id"]) == wanted]
         return wanted, limits[0] if limits and isinstance(limits[0], int) else None
+
+    async def facts(self) -> dict[str, str]:
+        """What the candidate says of itself: engine, version, and flags that alter its speed."""
+        told = {"engine": ENGINES[self._owner]} if self._owner in ENGINES else {}
+        for path, names in PAGES.items():
+            with contextlib.suppress(TokentapeError):  # no candidate needs to have such a page
+                status, _, body = await self._fetch("GET", self._address.root + path, None)
+                said = _json(body) if status == 200 else {}
+                found = {ours: _word(said.get(theirs)) for theirs, ours in names.items()}
+                told |= {name: value for name, value in found.items() if value}
+                if "engine_version" in told:
+                    break
+        return told
 
     async def form(self, endpoint: Endpoint, model: str) -> Form:
         """How an endpoint is to be asked; TokentapeError when it takes no rung of the ladder."""
@@ -198,6 +237,13 @@ def _rungs(endpoint: Endpoint, model: str, more: Mapping[str, Any]) -> Iterator[
             yield Form(endpoint, model, writing, Length(), pinning, "", dict(more))
 
 
+def _word(value: Any) -> str | None:
+    """A number, a flag or a short text as a fact; nothing else."""
+    if isinstance(value, bool | int | float):
+        return str(value).lower()
+    return value if isinstance(value, str) and 0 < len(value) <= FACT_CHARS else None
+
+
 def _rule(short: int | None, long: int | None) -> Length | None:
     if short is None or long is None:
         return None
@@ -248,4 +294,5 @@ async def find_target(
         raise UsageError(f"--map-model: the candidate does not offer {', '.join(missing)}")
     alike = {} if model is not None or len(probe.offered) < 2 else {n: n for n in probe.offered}
     notes = tuple(probe.notes)
-    return Target(address, headers, name, forms, notes, most_tokens, alike | dict(models))
+    facts = await probe.facts()
+    return Target(address, headers, name, forms, notes, most_tokens, alike | dict(models), facts)

@@ -226,6 +226,7 @@ class Target:
     notes: tuple[str, ...] = ()
     max_model_tokens: int | None = None  # prompt and output together, as its /models says
     models: Mapping[str, str] = field(default_factory=dict)  # recorded: asked; else `model`
+    facts: Mapping[str, str] = field(default_factory=dict)  # what it says of itself
 
     def form(self, endpoint: Endpoint, recorded_model: str | None) -> Form:
         """How a request for that model is asked."""

@@ -1,6 +1,7 @@
 """The plan: said before anything is sent, complete, the same each time, and without secrets."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from replay_server import Seen, Step, plain, serve, streamed
 from tokentape.replay.options import ReplayOptions
 from tokentape.replay.plan import make_plan
 from tokentape.replay.prompts import Length
@@ -311,3 +313,51 @@ def test_a_copy_of_a_request_is_another_session_with_another_prompt(tmp_path: Pa
     assert (figures["prefix_blocks"], figures["prefix_blocks_repeated"]) == (6, 2)
     part = plan.whole.part(np.array([1, 3], dtype=np.int32), 1)
     assert part.outgoing(1) == sent[3]
+
+
+@pytest.mark.parametrize(
+    ("owner", "pages", "told"),
+    [
+        (
+            "vllm",
+            {"/version": {"version": "0.22.1"}},
+            {"engine": "vllm", "engine_version": "0.22.1"},
+        ),
+        (
+            "sglang",
+            {
+                "/get_server_info": {
+                    "version": "0.5",
+                    "tp_size": 2,
+                    "quantization": None,
+                    "speculative_algorithm": "EAGLE",
+                    "disable_radix_cache": False,
+                    "dtype": "x" * 100,
+                }
+            },
+            {
+                "engine": "sglang",
+                "engine_version": "0.5",
+                "tp": "2",
+                "speculation": "EAGLE",
+                "prefix_cache_off": "false",
+            },
+        ),
+        ("somebody", {"/version": "no object"}, {}),
+    ],
+)
+def test_what_a_candidate_says_of_itself_is_kept_and_what_the_user_says_outranks_it(
+    tmp_path: Path, owner: str, pages: dict[str, Any], told: dict[str, str]
+) -> None:
+    def script(seen: Seen) -> Sequence[Step]:
+        if seen.path.endswith("/models"):
+            return plain(200, {"data": [{"id": "m", "owned_by": owner}]})
+        return plain(200, pages[seen.path]) if seen.path in pages else streamed(seen)
+
+    with serve(script) as server:
+        wanted = replace(options(tape(tmp_path / "t", [{}])), to=server.url, facts={"tp": "8"})
+        candidate = make_plan(wanted).candidate()
+    assert candidate["tp"] == "8" and candidate["given"] == {"tp": "8"}
+    kept = {name: candidate.get(name) for name in told}
+    assert kept == told | ({"tp": "8"} if "tp" in told else {})
+    assert ("engine" in candidate) == ("engine" in told)
