@@ -27,6 +27,7 @@ from tokentape.replay.plan import Plan, make_plan
 from tokentape.replay.run import run_plan
 from tokentape.replay.schedule import NS_PER_S, most_in_flight, most_within
 from tokentape.replay.targets import Address, Headers, unprobed
+from tokentape.replay.turns import NO_TURNS
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import TokentapeError
 from tokentape.traces.reader import Tape, open_tape
@@ -178,7 +179,7 @@ def busiest(plan: Plan, url: str, tape: Path, span_ns: int) -> Plan:
         facts={},
     )
     target = unprobed(Address.parse(url), Headers({}), "null", plan.target.forms)
-    return Plan(options, source, part, target, {}, probed=True)
+    return Plan(options, source, part, target, {}, probed=True, turns=NO_TURNS)
 
 
 def floor_of(tape: Tape, truth: Truth, figures: dict[str, Any]) -> Floor:

@@ -71,11 +71,16 @@ def refusals(table: pa.Table) -> dict[str, Any]:
 
 
 def schedule(table: pa.Table, late_ns: int) -> dict[str, Any]:
-    """How late requests were sent, as a whole and by cause, and the rates, whole and over time."""
+    """How late requests were sent, as a whole and by cause, and the rates, whole and over time.
+
+    The lag counts from the instant at which a request was due, the session delay from the plan's.
+    """
     sent = table.filter(pc.is_valid(table["send_ns"])).combine_chunks()
     due, send = ints(sent["arrival_ns"]), ints(sent["send_ns"])
-    lag = send - due
+    planned = ints(pc.coalesce(sent["scheduled_ns"], sent["arrival_ns"]))
+    lag, moved = send - due, due - planned
     causes = sent["late_cause"].to_numpy(zero_copy_only=False)
+    lag_by = {"predecessor": moved}  # how late it was due; all others: how late it was sent then
     named = sorted({str(c) for c in causes if c is not None})
     whole = ints(pc.subtract(sent["send_end_ns"], sent["send_ns"]).drop_null())
     ttft = ints(pc.subtract(sent["first_content_ns"], sent["send_end_ns"]).drop_null())
@@ -87,7 +92,10 @@ def schedule(table: pa.Table, late_ns: int) -> dict[str, Any]:
         "lag_by_worker_ns": by_worker,
         "late_over_ns": late_ns,
         "late_causes": {name: int((causes == name).sum()) for name in named},
-        "lag_by_cause_ns": {name: spread(lag[causes == name]) for name in named},
+        "lag_by_cause_ns": {name: spread(lag_by.get(name, lag)[causes == name]) for name in named},
+        "session_delay_ns": spread(send - planned),
+        "moved_by_predecessor": int((moved > late_ns).sum()),
+        "before_planned": int((moved < -late_ns).sum()),
         "write_ns": spread(whole),
         "paused_writes": int((whole > late_ns).sum()),
         "ttft_from_send_p50_ns": spread(ttft)["p50"],

@@ -11,6 +11,7 @@ from tokentape.replay.asked import Asked
 from tokentape.replay.sessions import Shard
 from tokentape.replay.targets import ENDPOINTS, HEADER_NAME, OURS, redacted
 from tokentape.replay.trust import trust
+from tokentape.replay.turns import Turns
 from tokentape.traces.errors import UsageError
 from tokentape.traces.sampler import Sources
 
@@ -41,6 +42,8 @@ class ReplayOptions:
     sentinels: bool = False  # ask a few fixed questions before and after
     precise: bool = False  # wait for each due time awake: a core is busier, sends are exacter
     include_failed: bool = False
+    turns: Turns = "after"
+    scaled_think: bool = True  # --speed divides think times, too
     workers: int = 1
     shard: Shard | None = None
     start_at_unix_ns: int | None = None
@@ -75,6 +78,8 @@ class ReplayOptions:
             "precise": self.precise,
             "clip": self.clip,
             "include_failed": self.include_failed,
+            "turns": self.turns,
+            "think": "scaled" if self.scaled_think else "recorded",
             **self.operators.as_dict(),
             "workers": self.workers,
             "shard": str(self.shard) if self.shard else None,

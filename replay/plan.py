@@ -33,6 +33,7 @@ from tokentape.replay.targets import (
     Target,
     unprobed,
 )
+from tokentape.replay.turns import TurnPlan, check_ring, make_waits
 from tokentape.traces.errors import UsageError
 from tokentape.traces.reader import open_tape
 
@@ -52,6 +53,7 @@ class Plan:
     target: Target
     source_facts: dict[str, Any]
     probed: bool
+    turns: TurnPlan
     of_requests: int = 0  # of all shards
     shapes: Shapes | None = None  # of the load before and after each operator
     clipped: int = 0  # requests that were longer than the candidate takes
@@ -65,6 +67,7 @@ class Plan:
         source, schedule = self.source, self.schedule
         return Share(
             due_ns=schedule.due_ns,
+            waits=self.turns.waits,
             positions=schedule.source_index,
             copies=schedule.copy_index,
             input_tokens=source.input_tokens,
@@ -98,7 +101,7 @@ class Plan:
     @property
     def worker_of_each(self) -> Numbers:
         """The worker that sends each request of the schedule."""
-        return shard_of(self.sessions, self.options.workers)
+        return shard_of(self.source.groups(self.schedule), self.options.workers)
 
     @property
     def sessions(self) -> Numbers:
@@ -111,7 +114,12 @@ class Plan:
         assert self.figures
         nothing = self.source.sessions[:0]
         empty = self.source.several_choices[:0]
-        self.source = replace(self.source, sessions=nothing.copy(), several_choices=empty.copy())
+        self.source = replace(
+            self.source,
+            sessions=nothing.copy(),
+            kept_together=nothing.copy(),
+            several_choices=empty.copy(),
+        )
 
     # -- figures --------------------------------------------------------------------------------
 
@@ -222,7 +230,7 @@ class Plan:
             "workers": self.options.workers,
             "shard": str(self.options.shard) if self.options.shard else None,
             "requests_of_all_shards": self.of_requests,
-            "turns": "open",
+            **self.turns.as_dict(),
             "seed": self.options.seed,
             "namespace": self.options.namespace,
             "candidate": self.candidate(),
@@ -278,11 +286,7 @@ class Plan:
                 "bursts are those of its clock, not of its users (--spread)"
             )
         found += self._operator_notes()
-        if self.source.dependent:
-            found.append(
-                f"{self.source.dependent} requests waited for others when recorded; here each is "
-                "sent at its own time, whether those have ended or not"
-            )
+        found += self.turns.notes()
         found += self._length_notes()
         if figures["without_output"]:
             found.append(f"{figures['without_output']} requests had no output: one token is asked")
@@ -366,6 +370,7 @@ class Plan:
             f"  span: {span} (recorded {recorded}, speed {_factor(self.options.speed)})",
             rate,
             *self._worker_lines(),
+            *self.turns.lines(len(self), _factor(self.options.speed)),
             f"  tokens: {f['input_tokens']:,} in, {f['output_tokens']:,} out",
             f"  this machine: {self.fit.text()}",
         ]
@@ -427,8 +432,7 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     if shapes is not None and options.speed != 1:
         shapes.sped(_factor(options.speed), schedule)
     if whole and options.shard:
-        sessions = of_copies(source.sessions[schedule.source_index], schedule.copy_index)
-        shard = shard_of(sessions, options.shard.count)
+        shard = shard_of(source.groups(schedule), options.shard.count)
         schedule = schedule.part(shard == options.shard.index, offered.duration_ns)
         if not len(schedule.due_ns):
             raise UsageError(f"--shard {options.shard}: has none of the plan's {whole} requests")
@@ -436,6 +440,7 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     if not len(schedule.due_ns):
         why = ", ".join(f"{len(v)} {name}" for name, v in schedule.left_out.items())
         raise UsageError(f"{options.source}: nothing to replay ({why})")
+    turns = _turns(options, source, schedule)
     chats = np.unique(source.chat[schedule.source_index])
     endpoints = sorted({endpoint(options.endpoint, chat=bool(c)) for c in chats})
     if offline:
@@ -451,10 +456,18 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
                 more=options.body,
             )
         )
-    made = Plan(options, source, schedule, target, tape.facts, not offline, whole, shapes)
+    made = Plan(options, source, schedule, target, tape.facts, not offline, turns, whole, shapes)
     if options.clip:
         made.clip()
     return made
+
+
+def _turns(options: ReplayOptions, source: Source, schedule: Schedule) -> TurnPlan:
+    if options.turns != "open":
+        check_ring(source.links, options.source, source.rows.request_id)
+    return make_waits(
+        source.links, schedule, options.turns, options.speed, scaled_think=options.scaled_think
+    )
 
 
 def is_private(url: str) -> bool:

@@ -29,6 +29,8 @@ class Progress:
     span_s: float = 0.0  # from the first due time to the last
     served: Mapping[str, float] = field(default_factory=dict)  # totals of finished requests
     late_causes: Mapping[str, int] = field(default_factory=dict)
+    moved: int = 0  # sent later than planned, because a request that they waited for ended late
+    most_moved_s: float = 0.0
 
     @property
     def left_s(self) -> float:
@@ -92,5 +94,7 @@ def added(states: Sequence[Progress]) -> Progress:
         worst_late_ms=max(s.worst_late_ms for s in states),
         span_s=max(s.span_s for s in states),
         late_causes=causes,
+        moved=sum(s.moved for s in states),
+        most_moved_s=max(s.most_moved_s for s in states),
         served=served,
     )

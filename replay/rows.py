@@ -30,6 +30,7 @@ GROUPS_KEPT = 4  # where rows are asked for in no known order
 OPEN_FILES = 4
 LOOK_AHEAD = 8_000  # requests: two row groups of the size that a tape is written with
 APART = 4 * LOOK_AHEAD  # requests between two uses of a row group that is not kept meanwhile
+MOST_HELD = 64  # row groups for requests that wait for others: some hundred MB
 
 Positions = NDArray[np.int32]
 
@@ -155,13 +156,22 @@ class TapeRows:
         """Forget a row group."""
         self._loaded.pop(group, None)
 
+    def drop_oldest(self) -> None:
+        """Forget the row group that was read first."""
+        with contextlib.suppress(KeyError):  # the lock may be held for as long as a read takes
+            self._loaded.popitem(last=False)
+
     @property
     def held(self) -> int:
         """Row groups in memory."""
         return len(self._loaded)
 
+    def group_at(self, position: int) -> int:
+        """The row group that holds a position."""
+        return int(np.searchsorted(self.starts, position, side="right")) - 1
+
     def _find(self, position: int) -> tuple[_Loaded, int]:
-        group = int(np.searchsorted(self.starts, position, side="right")) - 1
+        group = self.group_at(position)
         loaded = self._loaded.get(group)
         while loaded is None:
             self.misses += 1
@@ -190,7 +200,10 @@ class TapeRows:
 
 
 def _uses(rows: TapeRows, positions: Positions) -> NDArray[np.int64]:
-    """(row group, first request, last request) of each stretch of a plan that needs one."""
+    """(row group, first request, last request, requests) of each stretch of a plan that needs one.
+
+    In the order of their first requests.
+    """
     found: list[list[int]] = []
     open_uses: dict[int, list[int]] = {}
     for at in range(0, len(positions), PART):  # long arrays in parts, for the sake of memory
@@ -201,40 +214,47 @@ def _uses(rows: TapeRows, positions: Positions) -> NDArray[np.int64]:
             (np.diff(of, prepend=-1) != 0) | (np.diff(order, prepend=0) > APART)
         )
         ends = np.append(begins[1:], len(of)) - 1
-        for group, first, last in zip(
+        for group, first, last, count in zip(
             of[begins].tolist(),
             (at + order[begins]).tolist(),
             (at + order[ends]).tolist(),
+            (ends - begins + 1).tolist(),
             strict=True,
         ):
             use = open_uses.get(group)
             if use is not None and first - use[2] <= APART:
                 use[2] = last
+                use[3] += count
             else:
-                open_uses[group] = [group, first, last]
+                open_uses[group] = [group, first, last, count]
                 found.append(open_uses[group])
-    return np.array(found, dtype=np.int64).reshape(-1, 3)
+    uses = np.array(found, dtype=np.int64).reshape(-1, 4)
+    return uses[np.argsort(uses[:, 1], kind="stable")]
 
 
 class ReadAhead:
     """Reads the row groups of a share in the order in which its requests come up.
 
-    `passed` is told how many requests have been built; it never waits. `most_held`: row groups
+    `built` is told of each request that has been built; it never waits. `most_held`: row groups
     that are needed at one time, because rows were sealed in another order than they arrived, or
-    copies of them are sent at several times. One that is not needed for long goes and comes back.
+    copies of them are sent at several times. One that is not needed for long goes and comes back. A
+    request that comes up late, as it waits for another, keeps its row group, unless MOST_HELD are
+    held: then the oldest goes, and is read again.
     """
 
     def __init__(self, rows: TapeRows, positions: Positions) -> None:
         self._rows = rows
+        self._positions = positions
         uses = _uses(rows, positions)
-        self._opening = uses[np.argsort(uses[:, 1], kind="stable")]
-        self._first = self._opening[:, 1]
-        closing = uses[np.argsort(uses[:, 2], kind="stable")]
-        self._closing, self._last = closing[:, 0], closing[:, 2]
-        ended = np.searchsorted(self._last, self._first, side="left")
+        self._opening, self._first = uses[:, 0], uses[:, 1]
+        self._left = uses[:, 3].tolist()  # requests that are not built, of each use
+        self._of_group: dict[int, list[int]] = {}  # its uses
+        for number, group in enumerate(self._opening.tolist()):
+            self._of_group.setdefault(group, []).append(number)
+        ended = np.searchsorted(np.sort(uses[:, 2]), self._first, side="left")
         self.most_held = int((np.arange(1, len(uses) + 1) - ended).max(initial=0))
-        self._built = self._loaded = self._dropped = 0
-        self._wanted = 0  # row groups that are to be there
+        self._furthest = self._loaded = 0
+        self._wanted = 0  # uses whose row groups are to be there
         self._wake = threading.Event()
         self._ended = False
         self._thread: threading.Thread | None = None
@@ -242,24 +262,38 @@ class ReadAhead:
     def start(self) -> None:
         """Read what comes first, here and now, and go on in a thread."""
         self._rows.keep(None)
-        self.passed(0)
+        self._want()
         while self._loaded < self._wanted:
             self._load_next()
         self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
         self._thread.start()
 
-    def passed(self, built: int) -> None:
-        """So many requests have been built; what they alone needed goes, what is next comes."""
-        self._built = built
-        while self._dropped < len(self._last) and self._last[self._dropped] < built:
-            self._rows.drop(int(self._closing[self._dropped]))
-            self._dropped += 1
+    def built(self, number: int) -> None:
+        """A request has been built: what it alone needed goes, what is next comes."""
+        group = self._rows.group_at(int(self._positions[number]))
+        uses = self._of_group[group]
+        use = next(u for u in reversed(uses) if self._first[u] <= number)
+        self._left[use] -= 1
+        if not self._left[use]:
+            self._drop(group)
+        elif self._rows.held > max(MOST_HELD, 2 * self.most_held):
+            self._rows.drop_oldest()
+        if number >= self._furthest:
+            self._furthest = number + 1
+            self._want()
+
+    def _want(self) -> None:
         wanted = self._wanted
-        while wanted < len(self._first) and self._first[wanted] < built + LOOK_AHEAD:
+        while wanted < len(self._first) and self._first[wanted] < self._furthest + LOOK_AHEAD:
             wanted += 1
         if wanted > self._wanted:
             self._wanted = wanted
             self._wake.set()
+
+    def _drop(self, group: int) -> None:
+        """Forget a row group that no use needs now."""
+        if not any(self._left[use] for use in self._of_group[group] if use < self._loaded):
+            self._rows.drop(group)
 
     def stop(self) -> None:
         """End the thread."""
@@ -279,9 +313,10 @@ class ReadAhead:
                     self._load_next()
 
     def _load_next(self) -> None:
-        group, _, last = self._opening[self._loaded].tolist()
+        use = self._loaded
+        group = int(self._opening[use])
         self._loaded += 1
-        if last >= self._built:
+        if self._left[use]:
             self._rows.load(group)
-        if last < self._built:  # meanwhile somebody read and dropped it
-            self._rows.drop(group)
+        if not self._left[use]:  # meanwhile somebody read and dropped it
+            self._drop(group)

@@ -1,4 +1,4 @@
-"""Sends a plan: each request at its own absolute instant, whatever the others do (open loop).
+"""Sends a plan: each request at its own absolute instant; those that wait for others as they end.
 
 A request is armed ahead: body built, connection taken, head serialized. One kernel timer stands at
 the next due time; on wake all that is due is released, each in one write. No relative sleep, no
@@ -22,10 +22,13 @@ from numpy.typing import NDArray
 
 from tokentape.replay.ahead import Ahead, ArmTimes, Outgoing
 from tokentape.replay.health import Health, Watch, return_memory
+from tokentape.replay.later import FAR_NS, Later
 from tokentape.replay.progress import Progress
+from tokentape.replay.sent_rows import LATE_NS, end_columns, late_cause, sent_end_ns
 from tokentape.replay.start import Start, StartAt
 from tokentape.replay.timer import AbsoluteTimer, precise_wakeups
 from tokentape.replay.transport import Body, Client, Exchange, Reply
+from tokentape.replay.turns import Followers, Waits
 
 Ints = NDArray[np.int64]
 
@@ -34,10 +37,10 @@ ARMS_PER_TURN = 4  # reads wait no longer than these
 RELEASES_PER_TURN = 64  # of about 40 us
 NO_ARM_NS = 800_000  # before a due time
 SPIN_NS = 60_000  # `precise`: the timer wakes us so much early, the rest is waited for awake
-LATE_NS = 1_000_000  # a later send names its cause
 AHEAD_BYTES = 64 << 20  # requests held ready
 AHEAD_LEAST = 64  # bodies that are ready even when there is never a quiet moment
 QUIET_NS = 2_000_000  # a body is built where nothing is due within this time
+FAILED_STATUS = 400
 GRACE_S = 2.0  # for what is in flight when the user stops a run
 PROGRESS_EVERY_S = 1.0
 
@@ -75,6 +78,7 @@ class Sent:
     health: Health
     outcomes: dict[str, int] = field(default_factory=dict)
     clock_steps: int = 0  # of the wall clock: stamps near one are the process's own
+    after_failure: int = 0  # requests that waited for one that failed, and were sent all the same
     workers: dict[str, Any] = field(default_factory=dict)
     dead: list[str] = field(default_factory=list)
 
@@ -85,6 +89,7 @@ class Armed:
 
     exchange: Exchange
     outgoing: Outgoing
+    number: int  # in the plan
     due_ns: int
     body: Body
     task: asyncio.Task[None] = field(init=False)
@@ -100,6 +105,7 @@ class Sender:
         due_ns: Ints | Sequence[int],
         prepare: Callable[[int], Outgoing],
         *,
+        waits: Waits | None = None,
         warm: int = 1,
         timeout_ns: int | None = None,
         first_byte_timeout_ns: int | None = None,
@@ -112,8 +118,16 @@ class Sender:
         self._client = client
         self._recorder = recorder
         due = np.ascontiguousarray(due_ns, dtype=np.int64)
-        self._due_ns = memoryview(due)  # as plain integers, and eight bytes each
-        self._ahead = Ahead(prepare, len(due), ahead_bytes)
+        self._planned_ns = memoryview(due)  # as plain integers, and eight bytes each
+        self._later: Later[Armed] | None = None
+        self._first: memoryview | None = None  # the numbers of those that wait for none, if not all
+        if waits is not None:
+            followers = Followers(waits, len(due))
+            self._later = Later(followers, prepare, self._launch)
+            self._first = memoryview(followers.first)
+            due = due[followers.first]
+        self._due_ns = memoryview(due)
+        self._ahead = Ahead(lambda at: prepare(self._number(at)), len(due), ahead_bytes)
         self._warm = warm
         self._timeout_s = None if timeout_ns is None else timeout_ns / NS_PER_S
         first_ns = first_byte_timeout_ns
@@ -129,7 +143,9 @@ class Sender:
         self._tasks: set[asyncio.Task[None]] = set()
         self._outcomes: dict[str, int] = {}
         self._late_by: dict[str, int] = {}
-        self._next = self._worst_ns = 0
+        self._next = self._sent = self._worst_ns = 0
+        self._build_ns = 0  # what the last body took
+        self._moved = self._most_moved_ns = 0  # sent later than planned, because of a parent
         self._t0_ns = 0
         self._filling = self._stopped = False
         self._posted = asyncio.Event()  # nothing more will be sent
@@ -158,16 +174,16 @@ class Sender:
                 health = watch.stop()
         if self._defect is not None:
             raise self._defect
-        not_sent = len(self._due_ns) - self._next
         return Sent(
             self._t0_ns,
-            self._next,
-            not_sent,
+            self._sent,
+            len(self._planned_ns) - self._sent,
             self._stopped,
             warmed,
             health,
             self._outcomes,
             self._client.clock.steps,
+            self._later.after_failure if self._later else 0,
         )
 
     def stop(self) -> None:
@@ -204,15 +220,26 @@ class Sender:
 
     # -- sending --------------------------------------------------------------------------------
 
+    def _number(self, at: int) -> int:
+        """The number in the plan of one of those that wait for none."""
+        return at if self._first is None else int(self._first[at])
+
+    def _first_due_ns(self) -> int:
+        """When the next request is due, as far as that is known; FAR_NS: none is."""
+        planned_ns = self._due_ns[self._next] if self._next < len(self._due_ns) else FAR_NS
+        return planned_ns if self._later is None else min(planned_ns, self._later.due_ns)
+
     def _set_timer(self) -> None:
         """Wake at the next due time, or at the next time to arm."""
-        if self._next == len(self._due_ns):
+        at_ns = self._first_due_ns() - self._spin_ns
+        if self._next == len(self._due_ns) and (self._later is None or self._later.over):
             self._posted.set()
-            return
-        at_ns = self._due_ns[self._next] - self._spin_ns
-        if self._next_arm < len(self._arm_ns):
-            at_ns = min(at_ns, self._arm_ns[self._next_arm])
-        self._timer.at(self._t0_ns + at_ns)
+        elif at_ns + self._spin_ns < FAR_NS:  # else all that is left waits for replies
+            if self._next_arm < len(self._arm_ns):
+                at_ns = min(at_ns, self._arm_ns[self._next_arm])
+            if self._later is not None:
+                at_ns = min(at_ns, self._later.arm_ns)
+            self._timer.at(self._t0_ns + at_ns)
 
     def _fire(self) -> None:
         """Release what is due, arm what will be, a few per turn so that replies are read."""
@@ -237,33 +264,37 @@ class Sender:
 
     def _release_due(self) -> bool:
         """Release a turn's share of what is due; whether more is."""
-        due, count, t0_ns = self._due_ns, len(self._due_ns), self._t0_ns
+        t0_ns = self._t0_ns
         released: list[Armed] = []
         more = False
-        while self._next < count:
-            early_ns = t0_ns + due[self._next] - monotonic_ns()
+        while (due_ns := self._first_due_ns()) < FAR_NS:
+            early_ns = t0_ns + due_ns - monotonic_ns()
             if early_ns > self._spin_ns:
                 break
             more = len(released) == RELEASES_PER_TURN
             if more:
                 break
             while early_ns > 0:
-                early_ns = t0_ns + due[self._next] - monotonic_ns()
+                early_ns = t0_ns + due_ns - monotonic_ns()
             released.append(self._release())
-            self._next += 1
         for armed in released:  # after the writes: no row must delay a send
             self._open(armed)
         return more
 
     def _release(self) -> "Armed":
         """Let the next request go; it is armed on the spot if that has not been done."""
-        if not self._armed:
-            self._arm()
-        armed = self._armed.popleft()
+        if self._later is not None and self._later.due_ns == self._first_due_ns():
+            armed = self._later.take()
+        else:
+            if not self._armed:
+                self._arm()
+            armed = self._armed.popleft()
+            self._next += 1
         while armed.task.done() or armed.body.stale:  # its connection went away, nothing was sent
             armed.task.cancel()
-            armed = self._launch(armed.outgoing, armed.due_ns)
+            armed = self._launch(armed.outgoing, armed.number, armed.due_ns - self._t0_ns)
         armed.body.release()
+        self._sent += 1
         if not armed.task.done():
             self._set_deadlines(armed)
         return armed
@@ -279,25 +310,36 @@ class Sender:
     def _arm_ahead(self) -> bool:
         """Arm a turn's share of those whose time to be armed has come; whether more wait."""
         for _ in range(ARMS_PER_TURN):
-            if self._next_arm == len(self._due_ns):
-                return False
             now = monotonic_ns() - self._t0_ns
-            if self._arm_ns[self._next_arm] > now:
+            planned_ns = (
+                self._arm_ns[self._next_arm] if self._next_arm < len(self._arm_ns) else FAR_NS
+            )
+            later_ns = self._later.arm_ns if self._later is not None else FAR_NS
+            if min(planned_ns, later_ns) > now:
                 return False
-            if self._next < self._next_arm and self._due_ns[self._next] - now < NO_ARM_NS:
+            if self._armed_due_ns() - now < NO_ARM_NS:
                 return False  # the timer stands at that; arming goes on behind it
-            self._arm()
+            if planned_ns <= later_ns:
+                self._arm()
+            elif self._later is not None:
+                self._later.arm()
         return True
 
-    def _arm(self) -> None:
-        due_ns = self._t0_ns + self._due_ns[self._next_arm]
-        self._next_arm += 1
-        self._armed.append(self._launch(self._ahead.take(), due_ns))
+    def _armed_due_ns(self) -> int:
+        """When the first armed request is due; FAR_NS: none is armed."""
+        planned_ns = self._due_ns[self._next] if self._armed else FAR_NS
+        return planned_ns if self._later is None else min(planned_ns, self._later.armed_due_ns)
 
-    def _launch(self, outgoing: Outgoing, due_ns: int) -> "Armed":
+    def _arm(self) -> None:
+        at = self._next_arm
+        self._next_arm += 1
+        self._armed.append(self._launch(self._ahead.take(), self._number(at), self._due_ns[at]))
+
+    def _launch(self, outgoing: Outgoing, number: int, due_ns: int) -> "Armed":
+        """Arm a request; `due_ns` counts from the start of the run."""
         exchange = Exchange(self._recorder)
         body = Body(outgoing.body, exchange)
-        armed = Armed(exchange, outgoing, due_ns, body)
+        armed = Armed(exchange, outgoing, number, self._t0_ns + due_ns, body)
         armed.task = asyncio.Task(self._follow(armed), loop=self._loop, eager_start=True)
         self._tasks.add(armed.task)
         armed.task.add_done_callback(self._done)
@@ -311,6 +353,17 @@ class Sender:
         finally:
             if armed.exchange.release_ns:
                 self._close(armed)
+                if self._later is not None:
+                    self._let_follow(armed)
+
+    def _let_follow(self, armed: "Armed") -> None:
+        """Tell those that wait for this one that it has ended, however it did."""
+        assert self._later is not None
+        exchange = armed.exchange
+        failed = exchange.outcome != "ok" or exchange.status >= FAILED_STATUS
+        end_ns = exchange.end_ns - self._t0_ns
+        if self._later.ended(armed.number, end_ns, failed=failed) and not self._stopped:
+            self._set_timer()
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -321,18 +374,23 @@ class Sender:
 
     def _refill(self) -> None:
         """Build bodies in quiet moments; when none come, keep AHEAD_LEAST ready all the same."""
-        if not self._filling and not self._ahead.full:
+        if not self._filling and not (self._ahead.full and self._later is None):
             self._filling = True
             self._loop.call_soon(self._fill)
 
     def _fill(self) -> None:
         self._filling = False
-        if self._stopped or self._ahead.full or self._next >= len(self._due_ns):
+        if self._stopped:
             return
-        quiet = self._t0_ns + self._due_ns[self._next] - monotonic_ns() > QUIET_NS
-        if quiet or len(self._ahead) < AHEAD_LEAST:
+        began_ns = monotonic_ns()
+        quiet_ns = self._t0_ns + self._first_due_ns() - began_ns
+        quiet = quiet_ns > QUIET_NS + self._build_ns  # as if the next took as long as the last one
+        if not self._ahead.full and (quiet or len(self._ahead) < AHEAD_LEAST):
             self._ahead.build()
-            self._refill()
+        elif not (quiet and self._later is not None and self._later.build()):
+            return
+        self._build_ns = monotonic_ns() - began_ns
+        self._refill()
 
     # -- rows -----------------------------------------------------------------------------------
 
@@ -341,7 +399,11 @@ class Sender:
         if exchange.stream is not None:
             return
         row = outgoing.row | self._where
-        row |= {"scheduled_ns": due_ns, "arrival_ns": due_ns, "prompt_bytes": len(outgoing.body)}
+        planned_ns = self._t0_ns + self._planned_ns[armed.number]
+        row |= {"scheduled_ns": planned_ns, "arrival_ns": due_ns}
+        row["prompt_bytes"] = len(outgoing.body)
+        if self._later is not None:
+            row |= self._later.sent(armed.number, due_ns - self._t0_ns)
         if exchange.send_ns:
             row["send_ns"] = exchange.send_ns
         exchange.stream = self._recorder.open(exchange.release_ns, row)
@@ -349,43 +411,27 @@ class Sender:
     def _close(self, armed: "Armed") -> None:
         self._open(armed)
         exchange, due_ns = armed.exchange, armed.due_ns
-        sent_ns = exchange.send_end_ns
-        if sent_ns and exchange.kernel_send_ns:  # the call may return long after
-            sent_ns = max(exchange.send_ns, min(sent_ns, exchange.kernel_send_ns))
-        late_ns = (sent_ns or exchange.end_ns) - due_ns
+        late_ns = (sent_end_ns(exchange) or exchange.end_ns) - due_ns
+        moved_ns = due_ns - self._t0_ns - self._planned_ns[armed.number]
         self._worst_ns = max(self._worst_ns, late_ns)
-        cause = late_cause(exchange, due_ns) if late_ns > LATE_NS else None
-        if cause is not None:
+        self._most_moved_ns = max(self._most_moved_ns, moved_ns)
+        cause = None
+        if late_ns > LATE_NS:  # our own lateness is named before that of others
+            cause = late_cause(exchange, due_ns)
             self._late_by[cause] = self._late_by.get(cause, 0) + 1
+        elif moved_ns > LATE_NS:
+            cause = "predecessor"
+        self._moved += moved_ns > LATE_NS
         self._outcomes[exchange.outcome] = self._outcomes.get(exchange.outcome, 0) + 1
-        row: dict[str, Any] = {
-            "outcome": exchange.outcome,
-            "error_type": exchange.error_type,
-            "origin": "upstream" if exchange.head_ns else None,
-            "late_cause": cause,
-            "conn_id": exchange.conn_id,
-            "connect_ns": exchange.connect_ns,
-        }
-        if exchange.send_ns:
-            row |= {
-                "send_ns": exchange.send_ns,
-                "send_end_ns": sent_ns or None,
-                "kernel_send_ns": exchange.kernel_send_ns or None,
-                "acked_ns": exchange.acked_ns or None,
-                "send_clock": "kernel" if exchange.kernel_send_ns else "callback",
-                "upstream_reused": exchange.reused,
-            }
         assert exchange.stream is not None
-        self._recorder.close(
-            exchange.stream, exchange.end_ns, {k: v for k, v in row.items() if v is not None}
-        )
+        self._recorder.close(exchange.stream, exchange.end_ns, end_columns(exchange, cause))
 
     # -- the end --------------------------------------------------------------------------------
 
     async def _finish(self) -> None:
         """Wait until all is sent and answered; once stopped, only GRACE_S for the answers."""
         await self._posted.wait()
-        for armed in self._armed:  # stopped before they were due: they were never sent
+        for armed in self._all_armed():  # stopped before they were due: they were never sent
             armed.task.cancel()
         if self._tasks:
             await self._ended.wait()
@@ -414,33 +460,25 @@ class Sender:
                 self._progress(self._state(now))
 
     def _in_flight(self) -> int:
-        return len(self._tasks) - len(self._armed)
+        return len(self._tasks) - len(self._all_armed())
+
+    def _all_armed(self) -> list["Armed"]:
+        return [*self._armed, *(self._later.armed if self._later is not None else ())]
 
     def _state(self, now_ns: int) -> Progress:
         return Progress(
             elapsed_s=max(0, now_ns - self._t0_ns) / NS_PER_S,
-            total=len(self._due_ns),
-            sent=self._next,
-            done=self._next - self._in_flight(),
+            total=len(self._planned_ns),
+            sent=self._sent,
+            done=self._sent - self._in_flight(),
             in_flight=self._in_flight(),
             late=sum(self._late_by.values()),
             late_causes=dict(self._late_by),
             worst_late_ms=self._worst_ns / 1e6,
-            span_s=self._due_ns[-1] / NS_PER_S if len(self._due_ns) else 0.0,
+            span_s=self._planned_ns[-1] / NS_PER_S if len(self._planned_ns) else 0.0,
+            moved=self._moved,
+            most_moved_s=self._most_moved_ns / NS_PER_S,
         )
-
-
-def late_cause(exchange: Exchange, due_ns: int) -> str:
-    """The largest part of a lateness: our own loop, the connect, or the write."""
-    began = exchange.send_ns or exchange.end_ns
-    parts = {
-        "scheduler": exchange.release_ns - due_ns,
-        "connection": began - exchange.release_ns,
-        "write": (exchange.send_end_ns or exchange.end_ns) - began,
-    }
-    if exchange.send_ns and exchange.connect_ns is None:  # the wait was for us, not for a connect
-        parts["scheduler"] += parts.pop("connection")
-    return max(parts, key=lambda name: parts[name])
 
 
 @contextmanager

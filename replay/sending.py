@@ -63,6 +63,7 @@ async def send_share(
                 recorder,
                 share.due_ns,
                 build,
+                waits=share.waits,
                 warm=max(1, warm),
                 timeout_ns=share.timeout_ns,
                 first_byte_timeout_ns=share.first_byte_timeout_ns,
@@ -84,13 +85,13 @@ async def send_share(
 def _read_ahead(
     share: Share, prepare: Callable[[int], Outgoing]
 ) -> Iterator[Callable[[int], Outgoing]]:
-    """A way to build requests in order while their rows are read in a thread."""
+    """A way to build requests while their rows are read in a thread."""
     reader = share.read_ahead()
     reader.start()
 
     def build(number: int) -> Outgoing:
         outgoing = prepare(number)
-        reader.passed(number + 1)
+        reader.built(number)
         return outgoing
 
     try:

@@ -19,6 +19,7 @@ from tokentape.replay.prompts import PromptSource
 from tokentape.replay.rows import Positions, ReadAhead, TapeRows
 from tokentape.replay.schedule import Ints
 from tokentape.replay.targets import Target
+from tokentape.replay.turns import Waits
 
 _UNQUOTED = "!#$%&'()*+,/:;=?@[]|<>{}^"  # of a session's name in a header: visible ASCII
 
@@ -27,12 +28,14 @@ _UNQUOTED = "!#$%&'()*+,/:;=?@[]|<>{}^"  # of a session's name in a header: visi
 class Share:
     """Requests in the order of their due times, which count from the start of the whole run.
 
+    waits: who waits for whom; then a due time is the earliest one (see `turns.Waits`).
     positions: int32[n], the rows of the tape. copies: int16[n], which copy of its row each request
     is (see `schedule.Schedule`). The other arrays have an entry per row of the tape
     when `by_row` is set, else one per request.
     """
 
     due_ns: Ints
+    waits: Waits | None
     positions: Positions
     copies: NDArray[np.int16]
     input_tokens: NDArray[np.int32]
@@ -61,6 +64,7 @@ class Share:
         return replace(
             self,
             due_ns=self.due_ns[kept],
+            waits=self.waits.part(kept) if self.waits is not None else None,
             positions=self.positions[kept],
             copies=self.copies[kept],
             input_tokens=self.input_tokens[place],

@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tokentape.replay.links import Links, LinkScan, digests_of, together
 from tokentape.replay.operators import Kin
 from tokentape.replay.rows import Group, TapeRows
-from tokentape.replay.schedule import NS_PER_S, Ints, Offered
-from tokentape.replay.sessions import numbered, text_digests
+from tokentape.replay.schedule import NS_PER_S, Ints, Offered, Schedule
+from tokentape.replay.sessions import numbered, of_copies, text_digests
 from tokentape.traces.errors import TapeError
 from tokentape.traces.reader import Tape
 from tokentape.traces.schema import REQUESTS
@@ -38,7 +39,7 @@ CONSTRAINED = (
 MEDIA = "requests of the tape had images or sound: replayed as text of as many tokens"
 _COLUMNS = (
     *("arrival_ns", "scheduled_ns", "end_ns", "outcome", "http_status", "operation", "stream"),
-    *("n_choices", "max_tokens", "prompt_bytes", "parents", "session_id"),
+    *("n_choices", "max_tokens", "prompt_bytes", "parents", "think_ns", "session_id"),
     *("input_tokens", "planned_input_tokens", "output_tokens", "planned_output_tokens"),
     *("block_tokens", "block_unit", "prefix_partial"),
     *("response_format", "tool_choice", "image_count", "audio_count"),
@@ -52,8 +53,9 @@ Small = NDArray[np.int32]
 class Source:
     """The requests of a tape; every array has one entry per row, in the order of the tape.
 
-    sessions: the same number for the same session, -1 where there is none. dependent: requests
-    that had to wait for others when they were recorded.
+    sessions: the same number for the same session, -1 where there is none. kept_together: the same
+    where sessions that wait for each other are one, as those of an agent and its subagents. links:
+    who waited for whom when they were recorded.
     """
 
     tape_id: str
@@ -64,7 +66,8 @@ class Source:
     stream: Flags
     several_choices: Flags
     sessions: Small
-    dependent: int
+    kept_together: Small
+    links: Links
     with_blocks: bool
     approximate_blocks: bool  # counted in bytes, so that shared prefixes are about right only
     guessed: dict[str, int]
@@ -80,6 +83,10 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.input_tokens)
+
+    def groups(self, schedule: Schedule) -> Small:
+        """Who must be sent by one worker, for each request of a schedule; -1: by itself."""
+        return of_copies(self.kept_together[schedule.source_index], schedule.copy_index)
 
 
 def read_source(
@@ -99,9 +106,13 @@ def read_source(
     pa.default_memory_pool().release_unused()
     guessed: dict[str, int] = {}
     inputs, outputs = scan.input_tokens(guessed), scan.output_tokens(guessed)
+    links = scan.links.links(tape, scan.arrival_ns, scan.duration_ns)
     scan.guess_durations()
     reason, reasons = scan.reasons()
     sessions = numbered(scan.sessions)
+    kept_together = together(sessions, links)
+    if with_kin and kept_together is not sessions:
+        scan.sessions = digests_of(kept_together, scan.sessions)
     offered = Offered(
         arrival_ns=scan.arrival_ns,
         input_tokens=inputs,
@@ -109,7 +120,7 @@ def read_source(
         duration_ns=scan.duration_ns,
         reason=reason,
         reasons=reasons,
-        kin=Kin(sessions, scan.sessions, scan.duration_ns) if with_kin else None,
+        kin=Kin(kept_together, scan.sessions, scan.duration_ns) if with_kin else None,
     )
     source = Source(
         tape_id=str(tape.facts["tape_id"]),
@@ -120,7 +131,8 @@ def read_source(
         stream=scan.stream,
         several_choices=scan.several_choices,
         sessions=sessions,
-        dependent=scan.dependent,
+        kept_together=kept_together,
+        links=links,
         with_blocks=scan.with_blocks,
         approximate_blocks=scan.approximate_blocks,
         guessed={name: n for name, n in guessed.items() if n},
@@ -188,7 +200,7 @@ class _Scan:
         self._lengthless = _Some()  # prompt bytes of requests without prompt tokens
         self._bytes = self._tokens = 0  # of prompts that have both
         self._block_units = self._block_tokens = 0  # of prompts with blocks of bytes
-        self.dependent = 0
+        self.links = LinkScan()
         self.unlike = dict.fromkeys((CONSTRAINED, MEDIA), 0)
         self.with_blocks = self.approximate_blocks = False
 
@@ -202,8 +214,7 @@ class _Scan:
         self.stream[here] = _flags(pc.fill_null(table["stream"], fill_value=True))
         self.several_choices[here] = _flags(pc.greater(table["n_choices"], 1))
         self._reason[here] = self._reasons(table)
-        parents = pc.greater(pc.list_value_length(table["parents"]), 0)
-        self.dependent += int(pc.sum(parents).as_py() or 0)
+        self.links.take(table, here.start)
         self.with_blocks |= table["block_unit"].null_count < table.num_rows
         self._take_unlike(table)
         self._take_inputs(table, here)

@@ -57,6 +57,7 @@ def tally(
         worst([one.health for one in living]),
         outcomes,
         max((one.clock_steps for one in living), default=0),
+        sum(one.after_failure for one in living),
         workers,
         dead,
     )

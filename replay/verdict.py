@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 
 from tokentape.replay import measures
 from tokentape.replay.health import cores
-from tokentape.replay.sender import LATE_NS, Sent
+from tokentape.replay.sender import Sent
+from tokentape.replay.sent_rows import LATE_NS
 from tokentape.traces.reader import Tape
 
 NS_PER_MS = 1_000_000
@@ -98,6 +99,15 @@ def _schedule_lines(f: dict[str, Any]) -> list[str]:
         f"    {f['late_causes'][name]} later than {_ms(f['late_over_ns'])} by {name}: {_three(lag)}"
         for name, lag in f["lag_by_cause_ns"].items()
     ]
+    moved, early = f["moved_by_predecessor"], f["before_planned"]
+    if moved or early:
+        lines.append(
+            f"  turns: {moved} due after their planned time, as those before them ended late"
+            + (f", {early} before it" if early else "")
+            + f"; sent after the planned time {_three(f['session_delay_ns'])}"
+        )
+    if f["after_failure"]:
+        lines.append(f"    {f['after_failure']} sent after one that failed, as if it had not")
     if rate["achieved_over_offered"] is not None:
         lines.append(
             f"  rate: {rate['achieved_per_s']:.2f}/s of {rate['offered_per_s']:.2f}/s offered "
@@ -231,6 +241,7 @@ def _judge_outcomes(verdict: Verdict, table: pa.Table, sent: Sent) -> None:
     waited = pc.sum(pc.is_valid(table["connect_ns"])).as_py() or 0
     verdict.figures |= {
         "requests": table.num_rows,
+        "after_failure": sent.after_failure,
         "outcomes": outcomes,
         "not_sent": sent.not_sent,
         "fresh_connects": int(waited),

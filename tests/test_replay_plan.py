@@ -191,7 +191,7 @@ def test_what_a_reader_must_know_is_said(tmp_path: Path) -> None:
     text = make_plan(options(source), offline=True).text()
     for said in (
         "arrivals are 3.0 s apart or together",
-        "1 requests waited for others",
+        "turns: after; 1 of 3 requests are sent at their own time, and not before their parents",
         "1 requests had no output: one token is asked",
         "1 requests had several choices",
         "prefix blocks are counted in bytes",

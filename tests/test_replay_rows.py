@@ -77,7 +77,7 @@ def test_a_reader_ahead_reads_each_row_group_once_and_drops_it_after_its_last_ro
     assert reader.most_held == 1 and rows.held >= 1
     for number in range(ROWS):
         assert rows.request_id(number) == number.to_bytes(16)
-        reader.passed(number + 1)
+        reader.built(number)
         assert rows.held <= 2 + LOOK_AHEAD // ROW_GROUP_ROWS
     reader.stop()
     assert sorted(set(reads)) == list(range(GROUPS))
@@ -95,7 +95,7 @@ def test_rows_in_any_order_are_the_right_ones_and_none_is_left(
     reader.start()
     for number, position in enumerate(positions):
         assert rows.columns(position)["turn_index"] == position
-        reader.passed(number + 1)
+        reader.built(number)
     reader.stop()
     assert rows.held == 0
     assert reader.most_held <= len({p // ROW_GROUP_ROWS for p in positions})
@@ -117,7 +117,7 @@ def test_a_row_group_that_is_needed_again_much_later_is_not_kept_meanwhile(long_
     for number, position in enumerate(away.tolist()):
         if position < 2:
             assert rows.request_id(position) == ids[position]
-        reader.passed(number + 1)
+        reader.built(number)
         if number == APART // 2:
             assert rows.held == 1
     reader.stop()

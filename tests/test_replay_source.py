@@ -139,7 +139,7 @@ def test_sessions_and_dependent_requests_are_counted(tmp_path: Path) -> None:
         {},
     ]
     source, _ = read_source(open_tape(tape(tmp_path / "t", rows)))
-    assert source.dependent == 1
+    assert source.links.child.tolist() == [1] and source.links.missing == 0
     assert source.sessions[0] == source.sessions[1] != source.sessions[2]
     assert source.sessions[3] == -1
 

@@ -159,7 +159,8 @@ class Assembler:
     def _open(self, stream: int, t_ns: int, payload: bytes) -> None:
         row, head = _decode(payload)
         row.setdefault("arrival_ns", t_ns)
-        row["request_id"] = request_id(self._clock.unix_ns(row["arrival_ns"]))
+        if "request_id" not in row:  # a replay names those that others wait for
+            row["request_id"] = request_id(self._clock.unix_ns(row["arrival_ns"]))
         request = OpenRequest(row)
         if head is not None:
             row.update(self._head_columns(*head))

@@ -136,6 +136,17 @@ def replay(
     include_failed: Annotated[
         bool, typer.Option("--include-failed", help="Also what never reached an engine.")
     ] = False,
+    turns: Annotated[
+        Literal["after", "think", "open"],
+        typer.Option(
+            help="When a turn goes out that waited for others: after them, but not before its own "
+            "time; a think time after them; or at its own time, whatever they do.",
+        ),
+    ] = "after",
+    think: Annotated[
+        Literal["scaled", "recorded"],
+        typer.Option(help="Whether --speed divides think times, as all other times."),
+    ] = "scaled",
     workers: Annotated[
         int,
         typer.Option(
@@ -184,8 +195,9 @@ def replay(
 ) -> None:
     """Offer the load of a tape to a candidate; record how it does.
 
-    Requests are sent when they are due, whatever the candidate does. Prompts are synthesized to the
-    recorded lengths. The plan is printed first; the verdict says if the client's own clock held.
+    Requests are sent when they are due; a turn waits for those that it waited for when recorded.
+    Prompts are synthesized to the recorded lengths. The plan is printed first; the verdict says if
+    the client's own clock held.
     """
     from tokentape.replay.asked import Asked
     from tokentape.replay.options import ReplayOptions
@@ -227,6 +239,8 @@ def replay(
         sentinels=sentinels,
         precise=precise,
         include_failed=include_failed,
+        turns=turns,
+        scaled_think=think == "scaled",
         operators=Asked(
             thin=units.percent("--thin", thin) if thin is not None else None,
             multiply=units.times("--multiply", multiply) if multiply is not None else None,
@@ -345,6 +359,8 @@ def standing(now: "Progress") -> str:
     means = ((name, now.mean_s(name)) for name in ("TTFT", "TPOT", "ICL"))
     words += [f"mean {name} {1000 * mean_s:.1f} ms" for name, mean_s in means if mean_s is not None]
     words.append(f"{now.late} late by over 1 ms, worst {now.worst_late_ms:.1f} ms")
+    if now.moved:
+        words.append(f"{now.moved} moved by a predecessor, by {now.most_moved_s:.1f} s at most")
     return ", ".join(words)
 
 

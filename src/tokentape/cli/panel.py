@@ -71,6 +71,7 @@ def drawn(now: "Progress") -> "Panel":
         ("in flight", f"{now.in_flight:,}"),
         *((name, _latency(now, name)) for name in WATCHED),
         ("late", _late(now)),
+        *([("turns", _moved(now))] if now.moved else []),
         ("so far", "; ".join(now.doubts()) or "nothing speaks against this run"),
     ]
     table = Table.grid(padding=(0, 2))
@@ -95,6 +96,10 @@ def _late(now: "Progress") -> str:
     causes = ", ".join(f"{n} by {name}" for name, n in now.late_causes.items())
     worst = f"worst {now.worst_late_ms:.1f} ms"
     return f"{now.late:,} by over 1 ms{f' ({causes})' if causes else ''}, {worst}"
+
+
+def _moved(now: "Progress") -> str:
+    return f"{now.moved:,} moved by a predecessor, by {now.most_moved_s:.1f} s at most"
 
 
 def _clock(seconds: float) -> str:
