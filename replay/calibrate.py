@@ -161,6 +161,7 @@ def busiest(plan: Plan, url: str, tape: Path, span_ns: int) -> Plan:
         schedule,
         due_ns=due,
         source_index=index,
+        copy_index=schedule.copy_index[start:stop],
         recorded_span_ns=int(due[-1]),
         peak_per_s=most_within(due, NS_PER_S),
         peak_in_flight=most_in_flight(due, lasting),

@@ -73,6 +73,9 @@ class Schedule:
     peak_in_flight: int
     left_out: dict[str, NDArray[np.int32]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        assert len(self.due_ns) == len(self.source_index) == len(self.copy_index)
+
     @property
     def span_ns(self) -> int:
         """From the start of the run to the last due request."""

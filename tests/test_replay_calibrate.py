@@ -1,11 +1,13 @@
 """The noise floor: what is left when the instants that a server knows are taken from ours."""
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tokentape.replay.asked import Asked
 from tokentape.replay.calibrate import (
     Floor,
     busiest,
@@ -16,7 +18,7 @@ from tokentape.replay.calibrate import (
     plain_plan,
 )
 from tokentape.replay.null_server import Truth, read_log
-from tokentape.replay.run import RunSummary, run_plan
+from tokentape.replay.run import RunSummary, make_plan, run_plan
 from tokentape.replay.schedule import NS_PER_S
 from tokentape.replay.sessions import Shard
 from tokentape.traces.reader import open_tape
@@ -90,6 +92,17 @@ def test_the_busiest_part_of_a_plan_is_what_is_sent(tmp_path: Path) -> None:
     assert len(part) == 10 and first <= 23 and last >= 29
     assert part.schedule.due_ns[0] == 0 and part.schedule.due_ns[-1] == 900 * MS
     assert part.options.headers == {} and part.options.key_env is None
+
+
+def test_the_busiest_part_of_a_multiplied_plan_has_its_copies(tmp_path: Path) -> None:
+    plain = plain_plan(tmp_path, 10, 5, 4 * NS_PER_S)
+    twice = Asked(multiply=Fraction(2))
+    plan = make_plan(replace(plain.options, operators=twice), offline=True)
+    part = busiest(plan, "http://127.0.0.1:1", tmp_path / "t", NS_PER_S)
+    sent = [part.outgoing(n) for n in range(len(part))]
+    assert part.figures["requests"] == len(sent) >= 20
+    assert {s.row["copy_index"] for s in sent} == {0, 1}
+    assert len({s.body for s in sent}) == len(sent)
 
 
 @pytest.mark.slow
