@@ -47,20 +47,32 @@ class Verdict:
     level: str = "valid"
     reasons: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+    client: str = "valid"  # the same without what the candidate did: failures and lengths
 
-    def blame(self, level: str, reason: str) -> None:
-        """Add a reason; the level only ever gets worse."""
+    def blame(self, level: str, reason: str, *, candidate: bool = False) -> None:
+        """Add a reason; the level only ever gets worse. candidate: it is its doing, not ours."""
         self.level = max(self.level, level, key=LEVELS.index)
+        if not candidate:
+            self.client = max(self.client, level, key=LEVELS.index)
         self.reasons.append(f"{level}: {reason}")
 
-    def judge(self, value: float | None, limits: tuple[float, float], reason: str) -> None:
+    def judge(
+        self,
+        value: float | None,
+        limits: tuple[float, float],
+        reason: str,
+        *,
+        candidate: bool = False,
+    ) -> None:
         """Blame what is above a limit."""
         if value is not None and value > limits[0]:
-            self.blame("invalid" if value > limits[1] else "suspect", reason)
+            level = "invalid" if value > limits[1] else "suspect"
+            self.blame(level, reason, candidate=candidate)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON and the tape."""
-        return {"level": self.level, "reasons": self.reasons, **self.figures}
+        told = {"level": self.level, "client": self.client, "reasons": self.reasons}
+        return told | self.figures
 
     def text(self) -> str:
         """Lines for a terminal."""
@@ -258,7 +270,8 @@ def _judge_outcomes(verdict: Verdict, table: pa.Table, sent: Sent) -> None:
     failed = table.num_rows - outcomes.get("ok", 0) - outcomes.get("cut", 0)
     kinds = ", ".join(f"{n} {name}" for name, n in outcomes.items() if name not in ("ok", "cut"))
     share = failed / table.num_rows
-    verdict.judge(share, FAILED_SHARE, f"{100 * share:.1f} % of the requests failed: {kinds}")
+    failures = f"{100 * share:.1f} % of the requests failed: {kinds}"
+    verdict.judge(share, FAILED_SHARE, failures, candidate=True)
 
 
 def _judge_lengths(
@@ -275,9 +288,11 @@ def _judge_lengths(
                 missed / counted,
                 LENGTH_MISSED,
                 f"{name} tokens: {missed} of {counted} requests are not as planned",
+                candidate=True,
             )
         elif match["unknown"]:
-            verdict.blame("suspect", f"{name} tokens: the candidate counts none, so not verified")
+            unverified = f"{name} tokens: the candidate counts none, so not verified"
+            verdict.blame("suspect", unverified, candidate=True)
 
 
 def _judge_stamps(verdict: Verdict, table: pa.Table, tape: Tape) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import tokentape
-from tokentape.cli import calibrate, drive, judge, read, record, size
+from tokentape.cli import calibrate, drive, judge, read, record, search, size
 
 # Every verb with the example that ends its help; tests run each of them.
 VERBS: list[tuple[str, Callable[..., Any], str]] = [
@@ -50,6 +50,19 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
     ("trend", judge.trend, "tokentape trend prod.tape run.tape"),
     ("frontier", size.frontier, "tokentape frontier run.tape --gpus 1 --slo ttft=5s,tpot=50ms"),
     ("fleet", size.fleet, "tokentape fleet prod.tape run.tape --gpus 1 --slo ttft=5s,tpot=50ms"),
+    (
+        "capacity",
+        search.capacity,
+        (
+            "tokentape capacity prod.tape --to http://127.0.0.1:8000 --slo ttft=9s,tpot=1s@p95 "
+            "--speed 1x..2x --folder found"
+        ),
+    ),
+    (
+        "sweep",
+        search.sweep,
+        "tokentape sweep prod.tape --to http://127.0.0.1:8000 --speed 1x,2x --folder found",
+    ),
     ("sql", read.sql, 'tokentape sql prod.tape "select count(*) from requests"'),
     ("metrics", read.metrics, "tokentape metrics"),
 ]
