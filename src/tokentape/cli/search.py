@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -44,6 +44,15 @@ KeyEnv = Annotated[
 Ca = Annotated[
     Path | None, typer.Option(metavar="FILE", help="PEM of who signed the candidate's certificate.")
 ]
+Endpoint = Annotated[
+    str, typer.Option(metavar="NAME", help="Which API to ask, as replay --endpoint.")
+]
+Clip = Annotated[
+    bool, typer.Option("--clip", help="Cut prompts that are longer than the candidate takes.")
+]
+WhenTurns = Annotated[
+    Literal["after", "think", "open"], typer.Option("--turns", help="As replay --turns.")
+]
 Workers = Annotated[int, typer.Option(metavar="N", min=1, help="Processes that send.")]
 DrainTimeout = Annotated[
     str, typer.Option(metavar="DURATION", help="Longest wait for an idle candidate before a run.")
@@ -72,6 +81,9 @@ def capacity(
     window: Window = None,
     duration: Duration = None,
     model: Model = None,
+    endpoint: Endpoint = "recorded",
+    turns: WhenTurns = "after",
+    clip: Clip = False,
     header: Headers = None,
     key_env: KeyEnv = None,
     ca: Ca = None,
@@ -138,6 +150,9 @@ def sweep(
     window: Window = None,
     duration: Duration = None,
     model: Model = None,
+    endpoint: Endpoint = "recorded",
+    turns: WhenTurns = "after",
+    clip: Clip = False,
     header: Headers = None,
     key_env: KeyEnv = None,
     ca: Ca = None,
@@ -221,6 +236,9 @@ def _probes(given: dict[str, Any], before: "Callable[[Plan], None]") -> "Probes"
         to=to if isinstance(to, str) else to[0],
         window=units.window_ns("--window", window) if window is not None else (None, None),
         model=given["model"],
+        endpoint=given["endpoint"],
+        turns=given["turns"],
+        clip=given["clip"],
         headers=units.pairs("--header", given["header"] or []),
         key_env=given["key_env"],
         ca=given["ca"],

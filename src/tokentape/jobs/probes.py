@@ -111,6 +111,7 @@ class Probes:
             raise CannotKeepUp(
                 f"{float(options.speed):g}x: this machine cannot offer it: {'; '.join(impossible)}"
             )
+        plan.check()
         idle = self._idle.setdefault(options.to, Idle(plan.target, self.drain_timeout_s))
         try:
             asyncio.run(idle.wait())
