@@ -4,7 +4,7 @@ import secrets
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokentape.replay.apis import Wanted
 from tokentape.replay.asked import Asked
@@ -28,6 +28,8 @@ class ReplayOptions:
     seed: int = 0
     namespace: str | None = None  # of the prompts; None: one that no other run has
     session_header: str | None = None  # by which each request tells its session
+    prompt: Literal["random", "text"] = "random"  # what prompts are made of
+    tokenizer: Path | None = None  # a tokenizer.json to count them with
     model: str | None = None
     models: dict[str, str] = field(default_factory=dict)  # to ask for, by the recorded one
     body: dict[str, Any] = field(default_factory=dict)  # further fields of each request
@@ -63,6 +65,8 @@ class ReplayOptions:
             "seed": self.seed,
             "namespace": self.namespace,
             "session_header": self.session_header,
+            "prompt": self.prompt,
+            "tokenizer": str(self.tokenizer) if self.tokenizer else None,
             "model": self.model,
             "models": self.models,
             "body": self.body,

@@ -33,6 +33,7 @@ from tokentape.replay.targets import (
     Target,
     unprobed,
 )
+from tokentape.replay.tokenizer_file import TokenizerFile
 from tokentape.replay.turns import TurnPlan, check_ring, make_waits
 from tokentape.traces.errors import UsageError
 from tokentape.traces.reader import open_tape
@@ -443,8 +444,9 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     turns = _turns(options, source, schedule)
     chats = np.unique(source.chat[schedule.source_index])
     endpoints = sorted({endpoint(options.endpoint, chat=bool(c)) for c in chats})
+    prose = options.prompt == "text"
     if offline:
-        target = unprobed(address, headers, options.model or "unknown", endpoints)
+        target = unprobed(address, headers, options.model or "unknown", endpoints, prose=prose)
     else:
         target = asyncio.run(
             find_target(
@@ -454,6 +456,8 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
                 endpoints,
                 models=options.models,
                 more=options.body,
+                prose=prose,
+                tokenizer=TokenizerFile(options.tokenizer) if options.tokenizer else None,
             )
         )
     made = Plan(options, source, schedule, target, tape.facts, not offline, turns, whole, shapes)

@@ -14,7 +14,8 @@ from time import monotonic_ns
 from typing import Any
 
 from tokentape.replay.apis import APIS, Endpoint
-from tokentape.replay.prompts import Draws, Length, PromptSource, TokenIds, Words, Writing
+from tokentape.replay.prompts import WORDS, Draws, Length, PromptSource, TokenIds, Words, Writing
+from tokentape.replay.prose import Prose
 from tokentape.replay.targets import (
     NOTHING,
     Address,
@@ -23,6 +24,7 @@ from tokentape.replay.targets import (
     Pinning,
     Target,
 )
+from tokentape.replay.tokenizer_file import TokenizerFile
 from tokentape.replay.transport import NO_REPLY, fetch
 from tokentape.replay.trust import why_untrusted
 from tokentape.traces.errors import TokentapeError, UsageError
@@ -30,6 +32,7 @@ from tokentape.traces.wire import reply_parser
 
 PROBE_TIMEOUT_S = 60.0  # an engine may compile on its first request
 SHORT, LONG = 8, 40  # units of the two prompts that find the length rule
+FEWEST_WORDS = 32  # that a tokenizer file must know as one token, to write with these alone
 REFUSED = (400, 415, 422, 501)  # the server read the request and does not take it as it is
 
 # Engines by the `owned_by` of their models.
@@ -80,9 +83,18 @@ class Probe:
     """Questions to one candidate."""
 
     def __init__(
-        self, address: Address, headers: Headers, more: Mapping[str, Any] = NOTHING
+        self,
+        address: Address,
+        headers: Headers,
+        more: Mapping[str, Any] = NOTHING,
+        *,
+        prose: bool = False,
+        tokenizer: TokenizerFile | None = None,
     ) -> None:
+        """Args: prose: write text-like prompts; tokenizer: to count them with beforehand."""
         self._more = more
+        self._tokenizer = tokenizer
+        self._writings = _writings(tokenizer, prose=prose)
         self.offered: list[str] = []  # models, where the candidate lists them
         self._owner = ""
         self._address = address
@@ -134,10 +146,11 @@ class Probe:
     async def form(self, endpoint: Endpoint, model: str) -> Form:
         """How an endpoint is to be asked; TokentapeError when it takes no rung of the ladder."""
         answer = Answer(0)
-        for form in _rungs(endpoint, model, self._more):
-            answer = await self._ask(form, SHORT)
+        draws = self._draws(SHORT)
+        for form in _rungs(endpoint, model, self._writings, self._more):
+            answer = await self._ask(form, draws)
             if answer.status == 200:
-                return await self._with_length(form, answer)
+                return await self._with_length(form, draws, answer.prompt_tokens)
             if answer.status not in REFUSED:
                 break
         raise self._refusal(endpoint, answer)
@@ -154,24 +167,66 @@ class Probe:
             f"{url} answers {answer.status}: {answer.message or 'no reason given'}"
         )
 
-    async def _with_length(self, form: Form, short: Answer) -> Form:
-        """The form with the length rule that two counted prompts give."""
-        units = "token ids" if isinstance(form.writing, TokenIds) else "words"
-        if units == "words":
-            counted = [await self._tokenize(form, n) for n in (SHORT, LONG)]
-            if (rule := _rule(*counted)) is not None and short.prompt_tokens in (counted[0], None):
-                return replace(
-                    form, length=rule, rung=_said(units, rule, "/tokenize"), counted=True
-                )
-        long = await self._ask(form, LONG)
-        rule = _rule(short.prompt_tokens, long.prompt_tokens)
-        if rule is None:
-            rung = f"{units}, one each; the candidate's usage does not count them, so not verified"
-            return replace(form, rung=rung)
-        return replace(form, length=rule, rung=_said(units, rule, "usage"), counted=True)
+    async def _with_length(self, form: Form, draws: Draws, used: int | None) -> Form:
+        """The form with the length rule that two counted prompts give.
 
-    async def _ask(self, form: Form, units: int) -> Answer:
-        body = form.body(self._draws(units), 1, stream=True)
+        Args: draws, used: of the short prompt, which the candidate's usage counted so. /tokenize
+        is believed first, then usage, then the tokenizer file; but usage, where /tokenize says
+        something else: it counts what was computed.
+        """
+        units = _units(form.writing)
+        pair = (draws, self._draws(LONG))
+        if units != "token ids":
+            asked = (await self._tokenize(form, pair[0]), await self._tokenize(form, pair[1]))
+            rule = _rule(*asked)
+            if rule is not None and used in (asked[0], None):
+                self._compare_file(form, pair, asked)
+                return _found(form, rule, _said(units, rule, "/tokenize"))
+            if rule is not None:
+                self.notes.append(
+                    f"/tokenize counts {asked[0]} tokens where usage counts {used} on "
+                    f"{form.endpoint}: usage is believed"
+                )
+        long = await self._ask(form, pair[1])
+        by_usage = (used, long.prompt_tokens)
+        rule = _rule(*by_usage)
+        self._compare_file(form, pair, by_usage)
+        if rule is not None:
+            return _found(form, rule, _said(units, rule, "usage"))
+        ours = self._counts(form, pair)
+        if ours is not None and (rule := _rule(*ours)) is not None:
+            said = _said(units, rule, "the tokenizer file alone, without the candidate's template")
+            return replace(form, length=rule, rung=said)
+        rung = f"{units}, one each; the candidate's usage does not count them, so not verified"
+        return replace(form, rung=rung)
+
+    def _counts(self, form: Form, pair: tuple[Draws, Draws]) -> tuple[int, int] | None:
+        """Tokens of both prompts by the tokenizer file, where they are text and there is one."""
+        if self._tokenizer is None or isinstance(form.writing, TokenIds):
+            return None
+        short, long = (self._tokenizer.count(form.writing.write(d).decode()) for d in pair)
+        return short, long
+
+    def _compare_file(
+        self, form: Form, pair: tuple[Draws, Draws], counted: tuple[int | None, int | None]
+    ) -> None:
+        """Note a tokenizer file that counts a longer text otherwise than the candidate does.
+
+        Templates are not in the file, so what is compared is what the longer prompt has more.
+        """
+        ours, (short, long) = self._counts(form, pair), counted
+        if ours is None or short is None or long is None:
+            return
+        by_file, by_candidate = ours[1] - ours[0], long - short
+        if by_file != by_candidate:
+            self.notes.append(
+                f"the tokenizer file disagrees with the candidate on {form.endpoint}: "
+                f"{LONG - SHORT} words are {by_file} tokens by the file and {by_candidate} by the "
+                "candidate, which is believed; is it another model's file?"
+            )
+
+    async def _ask(self, form: Form, draws: Draws) -> Answer:
+        body = form.body(draws, 1, stream=True)
         url = self._address.url(form.endpoint)
         status, kind, reply = await self._fetch("POST", url, body, APIS[form.endpoint].headers)
         parser = reply_parser(APIS[form.endpoint].wire_format, True, status, kind, "")
@@ -180,9 +235,9 @@ class Probe:
         message = "" if status == 200 else self._message(reply)
         return Answer(status, columns.get("input_tokens"), message)
 
-    async def _tokenize(self, form: Form, units: int) -> int | None:
+    async def _tokenize(self, form: Form, draws: Draws) -> int | None:
         """Tokens of such a prompt by vLLM's /tokenize; None where there is no such thing."""
-        asked = json.loads(form.body(self._draws(units), 1, stream=False))
+        asked = json.loads(form.body(draws, 1, stream=False))
         question = {k: v for k, v in asked.items() if k in ("model", "prompt", "messages")}
         url = self._address.root + "/tokenize"
         try:
@@ -227,12 +282,39 @@ class Probe:
         return self._headers.hide(" ".join(shown.split()))[:200]
 
 
-def _rungs(endpoint: Endpoint, model: str, more: Mapping[str, Any]) -> Iterator[Form]:
-    """Forms to try: token ids before words where the endpoint may take them."""
+def _writings(tokenizer: TokenizerFile | None, *, prose: bool) -> list[Writing]:
+    """Ways to write prompts, the best first; with words that a tokenizer file knows as one token.
+
+    Where it knows too few of them so, all are used, and the length rule has to tell.
+    """
+    if tokenizer is None:
+        return [Prose()] if prose else [TokenIds(), Words()]
+    if prose:
+        return [Prose(tokenizer.one_token)]
+    known = [word for word in WORDS if tokenizer.one_token(word)]
+    ids = TokenIds(high=max(TokenIds.LOW, min(TokenIds.HIGH, tokenizer.tokens - 1)))
+    return [ids, Words(known if len(known) >= FEWEST_WORDS else WORDS)]
+
+
+def _units(writing: Writing) -> str:
+    if isinstance(writing, TokenIds):
+        return "token ids"
+    return "words of text-like sentences" if isinstance(writing, Prose) else "words"
+
+
+def _found(form: Form, rule: Length, rung: str) -> Form:
+    return replace(form, length=rule, rung=rung, counted=True)
+
+
+def _rungs(
+    endpoint: Endpoint, model: str, writings: Iterable[Writing], more: Mapping[str, Any]
+) -> Iterator[Form]:
+    """Forms to try, token ids only where the endpoint may take them."""
     api = APIS[endpoint]
-    writings: list[Writing] = [TokenIds(), Words()] if api.token_ids else [Words()]
     ladder = LADDER if api.stream_options else tuple(replace(p, limit=api.limit) for p in SHORTER)
     for writing in writings:
+        if isinstance(writing, TokenIds) and api.token_ids is None:
+            continue
         for pinning in ladder:
             yield Form(endpoint, model, writing, Length(), pinning, "", dict(more))
 
@@ -278,15 +360,17 @@ async def find_target(
     *,
     models: Mapping[str, str] = NOTHING,
     more: Mapping[str, Any] = NOTHING,
+    prose: bool = False,
+    tokenizer: TokenizerFile | None = None,
 ) -> Target:
     """Ask the candidate everything that a run needs to know.
 
     Args: models: which model to ask for where the tape names one; where none is wanted for all,
     those that the candidate offers under their recorded names are asked for as well. more: further
-    fields of each body.
+    fields of each body. prose, tokenizer: as of `Probe`.
     Raises TokentapeError (dead, refusing, or not speaking the endpoint) with one line to act on.
     """
-    probe = Probe(address, headers, more)
+    probe = Probe(address, headers, more, prose=prose, tokenizer=tokenizer)
     name, most_tokens = await probe.model(model)
     forms = {endpoint: await probe.form(endpoint, name) for endpoint in endpoints}
     missing = sorted(set(models.values()) - set(probe.offered)) if probe.offered else []

@@ -7,6 +7,7 @@ that share nothing.
 Draws become token ids or words. Nothing here may depend on the process: never use `hash()`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -125,7 +126,10 @@ class Writing(Protocol):
 class TokenIds:
     """Writes draws as token ids in [low, high], padded with spaces to one width for speed."""
 
-    def __init__(self, low: int = 100, high: int = 31_999) -> None:
+    LOW, HIGH = 100, 31_999  # ids of words in the usual vocabularies
+
+    def __init__(self, low: int = LOW, high: int = HIGH) -> None:
+        self.high = high
         width = len(str(high))
         cells = "".join(f"{i:>{width}}," for i in range(low, high + 1))
         self._table = _table(cells, width + 1)
@@ -138,9 +142,10 @@ class TokenIds:
 class Words:
     """Writes draws as words with one space between them; safe inside a JSON string."""
 
-    def __init__(self) -> None:
-        cells = "".join(f"{word} " for word in WORDS)
-        self._table = _table(cells, len(WORDS[0]) + 1)
+    def __init__(self, words: Sequence[str] = WORDS) -> None:
+        """Args: words: all of one length."""
+        self.words = words
+        self._table = _table("".join(f"{word} " for word in words), len(words[0]) + 1)
 
     def write(self, draws: Draws) -> bytes:
         """The words with spaces between them."""

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from tokentape.replay.apis import APIS, Endpoint
 from tokentape.replay.prompts import Draws, Length, TokenIds, Words, Writing
+from tokentape.replay.prose import Prose
 from tokentape.traces.errors import UsageError
 
 ENDPOINTS: tuple[Endpoint, ...] = tuple(APIS)
@@ -236,14 +237,19 @@ class Target:
 
 
 def unprobed(
-    address: Address, headers: Headers, model: str, endpoints: Iterable[Endpoint]
+    address: Address,
+    headers: Headers,
+    model: str,
+    endpoints: Iterable[Endpoint],
+    *,
+    prose: bool = False,
 ) -> Target:
     """A target nobody has asked: what a plan assumes while it stays offline."""
     forms = {
         endpoint: Form(
             endpoint,
             model,
-            TokenIds() if APIS[endpoint].token_ids else Words(),
+            Prose() if prose else TokenIds() if APIS[endpoint].token_ids else Words(),
             Length(),
             Pinning(APIS[endpoint].limit),
             "assumed, the candidate was not asked",

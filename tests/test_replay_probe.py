@@ -3,15 +3,19 @@
 import asyncio
 import socket
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from replay_server import Script, Seen, Server, Step, engine_like, plain, serve, streamed
 from tokentape.replay.apis import Endpoint
 from tokentape.replay.probe import find_target
-from tokentape.replay.prompts import Length, TokenIds, Words
+from tokentape.replay.prompts import WORDS, Length, TokenIds, Words
+from tokentape.replay.prose import WORDS_OF, Prose
 from tokentape.replay.targets import Address, Headers, Pinning, Target
-from tokentape.traces.errors import TokentapeError
+from tokentape.replay.tokenizer_file import TokenizerFile
+from tokentape.traces.errors import TokentapeError, UsageError
 
 KEY = "sk-very-secret-0123456789"
 
@@ -21,10 +25,11 @@ def probe(
     *endpoints: Endpoint,
     model: str | None = "m",
     headers: dict[str, str] | None = None,
+    **how: Any,
 ) -> tuple[Target, Server]:
     with serve(script) as server:
         address = Address.parse(server.url)
-        found = find_target(address, Headers(headers or {}), model, endpoints)
+        found = find_target(address, Headers(headers or {}), model, endpoints, **how)
         return asyncio.run(found), server
 
 
@@ -122,6 +127,80 @@ def test_a_usage_that_ignores_the_prompt_is_not_believed() -> None:
 
     target, _ = probe(script, "chat")
     assert target.forms["chat"].length == Length() and "not verified" in target.forms["chat"].rung
+
+
+def test_a_tokenize_page_that_disagrees_with_usage_is_said_and_usage_is_believed() -> None:
+    def script(seen: Seen) -> Sequence[Step]:
+        if seen.path == "/tokenize":
+            return plain(200, {"count": len(seen.json["messages"][0]["content"].split())})
+        return streamed(seen, extra_prompt_tokens=9)
+
+    target, _ = probe(script, "chat")
+    assert target.forms["chat"].length == Length(9, 1)
+    assert target.notes == (
+        "/tokenize counts 8 tokens where usage counts 17 on chat: usage is believed",
+    )
+
+
+def test_text_is_asked_of_an_api_that_takes_token_ids_too_and_the_plan_says_so() -> None:
+    target, server = probe(engine_like, "completions", prose=True)
+    form = target.forms["completions"]
+    assert isinstance(form.writing, Prose) and form.length == Length(0, 1)
+    assert form.rung == "words of text-like sentences, one token each by usage: lengths are exact"
+    prompts = [s.json["prompt"] for s in server.seen if s.path.endswith("completions")]
+    assert prompts and all(p.split()[0] in WORDS_OF["which"] for p in prompts)
+
+
+def word_level(path: Path, words: Sequence[str]) -> TokenizerFile:
+    """A tokenizer file that knows these words; others are two tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = {p for w in WORDS for p in (w[:2], "##" + w[2:])} | {"the", *words}
+    vocabulary = {piece: n for n, piece in enumerate(["[UNK]", *sorted(pieces)])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.save(str(path))
+    return TokenizerFile(path)
+
+
+def test_a_tokenizer_file_chooses_words_of_one_token_and_is_silent_where_it_agrees(
+    tmp_path: Path,
+) -> None:
+    file = word_level(tmp_path / "t.json", WORDS[:40])
+    target, server = probe(refusing(), "chat", "completions", tokenizer=file)
+    assert target.notes == () and target.forms["chat"].length == Length(9, 1)
+    said = " ".join(s.json["messages"][0]["content"] for s in server.seen if words(s))
+    assert set(said.split()) <= set(WORDS[:40])
+    ids = target.forms["completions"].writing
+    assert isinstance(ids, TokenIds) and ids.high == file.tokens - 1
+
+
+def test_a_tokenizer_file_that_disagrees_with_the_candidate_is_said(tmp_path: Path) -> None:
+    file = word_level(tmp_path / "t.json", [])
+    target, _ = probe(refusing(), "chat", tokenizer=file)
+    assert target.forms["chat"].length == Length(9, 1)
+    (note,) = target.notes
+    assert "32 words are 64 tokens by the file and 32 by the candidate, which is believed" in note
+
+
+def test_a_tokenizer_file_counts_where_the_candidate_does_not(tmp_path: Path) -> None:
+    def script(seen: Seen) -> Sequence[Step]:
+        return streamed(seen, extra_prompt_tokens=16 - words(seen))  # always 16
+
+    file = word_level(tmp_path / "t.json", WORDS[:20])  # too few: all words are used
+    target, _ = probe(script, "chat", tokenizer=file)
+    form = target.forms["chat"]
+    assert 1 < form.length.per_unit <= 2 and not form.counted
+    assert "by the tokenizer file alone" in form.rung
+
+
+@pytest.mark.parametrize("content", ["", "{}", None])
+def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path: Path, content: str | None) -> None:
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "t.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=r"--tokenizer .*t.json: not a tokenizer.json \(.+\)$"):
+        TokenizerFile(path)
 
 
 @pytest.mark.parametrize(

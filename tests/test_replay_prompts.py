@@ -23,9 +23,11 @@ from tokentape.replay.prompts import (
     Words,
     hashes_of_copy,
 )
+from tokentape.replay.prose import WORDS_OF, Prose
 
 DATA = Path(__file__).parent.parent / ".." / "shared" / "data"
-IDS, TEXT = TokenIds(), Words()
+SAMPLE = Path(__file__).parent.parent / "src" / "tokentape" / "sample" / "capture.tape"
+IDS, TEXT, PROSE = TokenIds(), Words(), Prose()
 hashes = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
 
 
@@ -48,6 +50,8 @@ def test_a_prompt_has_exactly_the_tokens_asked_for(tokens: int, of: list[int], s
     text = json.loads(b'"' + TEXT.write(draws) + b'"')
     assert len(text.split()) == tokens and set(text.split()) <= set(WORDS)
     assert text == " ".join(text.split())
+    sentences = json.loads(b'"' + PROSE.write(draws) + b'"')
+    assert len(sentences.split()) == tokens and sentences == " ".join(sentences.split())
 
 
 @given(hashes, hashes, hashes, st.integers(16, 64), st.integers(0, 64), st.integers(0, 64))
@@ -92,24 +96,66 @@ def test_tape_seed_session_and_request_each_change_the_prompt() -> None:
     assert shared(variants[0].tolist(), other.tolist()) == 128
 
 
-RECIPE = """
-import numpy as np
-from tokentape.replay.prompts import Blocks, PromptSource, TokenIds, Words
-draws = PromptSource("tape", 7).draws(b"request", 1000, Blocks(np.array([1, -2]), 300, "s"))
-print(TokenIds().write(draws).decode(), Words().write(draws).decode())
+def test_prompts_never_change() -> None:
+    draws = PromptSource("tape", 7).draws(b"request", 1000, blocks([1, -2], 300, "s"))
+    for writing, digest in (
+        (IDS, "6d33170250c2c0b9"),
+        (TEXT, "d590637d7cce96fa"),
+        (PROSE, "44d69c0befadce5c"),
+    ):
+        assert blake2b(writing.write(draws), digest_size=8).hexdigest() == digest
+
+
+BODIES = """
+import sys
+from hashlib import blake2b
+from pathlib import Path
+from tokentape.replay.options import ReplayOptions
+from tokentape.replay.plan import make_plan
+for prompt in ("random", "text"):
+    options = ReplayOptions(Path(sys.argv[1]), "http://127.0.0.1:9", namespace="n", prompt=prompt)
+    plan = make_plan(options, offline=True)
+    digest = blake2b(digest_size=8)
+    for number in range(len(plan)):
+        digest.update(plan.outgoing(number).body)
+    print(len(plan), digest.hexdigest())
 """
-RECIPE_DIGEST = "591decbae762086f"
 
 
-def test_prompts_are_the_same_in_every_process_and_never_change() -> None:
-    for hash_seed in ("0", "1"):
-        made = subprocess.run(
-            [sys.executable, "-c", RECIPE],
-            env=os.environ | {"PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            check=True,
+def test_all_bodies_of_a_tape_are_the_same_on_two_hosts() -> None:
+    hosts: list[dict[str, str]] = [
+        {"PYTHONHASHSEED": "1", "TZ": "Asia/Kathmandu", "LANG": "C", "LC_ALL": "C"},
+        {"PYTHONHASHSEED": "2", "TZ": "America/St_Johns", "LANG": "de_DE.UTF-8"},
+    ]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", BODIES, str(SAMPLE)],
+            env={k: v for k, v in os.environ.items() if k != "LC_ALL"} | changes,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        assert blake2b(made.stdout, digest_size=8).hexdigest() == RECIPE_DIGEST
+        for changes in hosts
+    ]
+    first, second = (process.communicate(timeout=60)[0].split() for process in running)
+    assert first == second and first[::2] == ["467", "467"] and first[1] != first[3]
+
+
+def test_sentences_have_a_kind_of_word_at_each_place_and_share_what_their_draws_share() -> None:
+    source = PromptSource("t", 0)
+    a = PROSE.write(source.draws(b"one", 40, blocks([1, 2], 8))).decode().split()
+    b = PROSE.write(source.draws(b"two", 40, blocks([1, 2], 8))).decode().split()
+    assert a[:16] == b[:16] and shared_words(a[16:], b[16:]) < 8
+    kinds = ["which", "how", "who", "did", "where", "which", "how", "who", "then"]
+    assert all(w in WORDS_OF[kinds[i % 9]] for i, w in enumerate(a))
+    only = Prose(lambda word: word in ("each", "green"))
+    assert set(only.write(source.draws(b"r", 9)).decode().split()) == {
+        *("each", "green", "man", "found", "in", "and"),
+    }
+
+
+def shared_words(a: list[str], b: list[str]) -> int:
+    """How many words are the same at the same place before the first that differs."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
 def test_token_ids_and_words_are_spread_evenly() -> None:

@@ -77,6 +77,14 @@ def replay(
             "--warm-cache", help="The same prompts in each run: a candidate may have them cached."
         ),
     ] = False,
+    prompt: Annotated[
+        Literal["random", "text"],
+        typer.Option(help="Of what: random tokens or words, or sentences that look like text."),
+    ] = "random",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The model's tokenizer.json, to count prompts with."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Model to ask for; else the candidate's own.")
     ] = None,
@@ -222,6 +230,8 @@ def replay(
         seed=seed,
         namespace="" if warm_cache else namespace,
         session_header=session_header,
+        prompt=prompt,
+        tokenizer=tokenizer,
         model=model,
         models=units.pairs("--map-model", map_model or []),
         body=units.json_pairs("--body", body or []),
