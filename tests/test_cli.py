@@ -332,7 +332,16 @@ def test_a_gate_that_is_not_met_exits_3_after_the_result(here: Here, tmp_path: P
         assert engine.stderr is not None
         said = engine.stderr.readline()
         url = said.split(";")[0].split()[-1]
-        replay = ("replay", "good.tape", "--to", url, "--model", "simulated-8b", "--json")
+        replay = (
+            "replay",
+            "good.tape",
+            "--to",
+            url,
+            "--model",
+            "simulated-8b",
+            "--json",
+            "--force",
+        )
         ran = here(*replay, "--tape", tmp_path / "run.tape", "--fail-on", "invalid")
         engine.send_signal(signal.SIGTERM)
     told = json.loads(ran.stdout)
