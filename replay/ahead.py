@@ -24,12 +24,17 @@ HASH_BYTES = 40  # of each block hash in its row
 
 @dataclass(frozen=True)
 class Outgoing:
-    """One request, ready to be sent; `row` holds what its row says whatever happens."""
+    """One request, ready to be sent; `row` holds what its row says whatever happens.
+
+    leave_events: leave when so many events have come; leave_after_ns: so long after it was sent.
+    """
 
     url: URL
     headers: dict[str, str]
     body: bytes
     row: dict[str, Any]
+    leave_events: int = 0
+    leave_after_ns: int | None = None
 
     @property
     def size(self) -> int:

@@ -46,6 +46,7 @@ class ReplayOptions:
     include_failed: bool = False
     turns: Turns = "after"
     scaled_think: bool = True  # --speed divides think times, too
+    replay_aborts: bool = True  # leave replies where their recorded clients did
     workers: int = 1
     shard: Shard | None = None
     start_at_unix_ns: int | None = None
@@ -83,6 +84,7 @@ class ReplayOptions:
             "clip": self.clip,
             "include_failed": self.include_failed,
             "turns": self.turns,
+            "aborts": "recorded" if self.replay_aborts else "ignore",
             "think": "scaled" if self.scaled_think else "recorded",
             **self.operators.as_dict(),
             "workers": self.workers,

@@ -69,6 +69,7 @@ class Plan:
         return Share(
             due_ns=schedule.due_ns,
             waits=self.turns.waits,
+            aborts=source.aborts,
             positions=schedule.source_index,
             copies=schedule.copy_index,
             input_tokens=source.input_tokens,
@@ -232,6 +233,7 @@ class Plan:
             "shard": str(self.options.shard) if self.options.shard else None,
             "requests_of_all_shards": self.of_requests,
             **self.turns.as_dict(),
+            "planned_aborts": self.source.aborts.count(self.schedule.source_index),
             "seed": self.options.seed,
             "namespace": self.options.namespace,
             "candidate": self.candidate(),
@@ -372,6 +374,7 @@ class Plan:
             rate,
             *self._worker_lines(),
             *self.turns.lines(len(self), _factor(self.options.speed)),
+            *self.source.aborts.lines(self.schedule.source_index),
             f"  tokens: {f['input_tokens']:,} in, {f['output_tokens']:,} out",
             f"  this machine: {self.fit.text()}",
         ]
@@ -416,7 +419,10 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     step_ns = tape.facts.get("arrival_resolution_ns")
     operators = options.operators.operators(options.seed, options.speed, step_ns)
     source, offered = read_source(
-        tape, include_failed=options.include_failed, with_kin=bool(operators)
+        tape,
+        include_failed=options.include_failed,
+        with_kin=bool(operators),
+        with_aborts=options.replay_aborts,
     )
     if offered.kin is not None:
         names = partial(names_of, source)
@@ -441,7 +447,10 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     if not len(schedule.due_ns):
         why = ", ".join(f"{len(v)} {name}" for name, v in schedule.left_out.items())
         raise UsageError(f"{options.source}: nothing to replay ({why})")
-    turns = _turns(options, source, schedule)
+    check_ring(options.turns, source.links, options.source, source.rows.request_id)
+    turns = make_waits(
+        source.links, schedule, options.turns, options.speed, scaled_think=options.scaled_think
+    )
     chats = np.unique(source.chat[schedule.source_index])
     endpoints = sorted({endpoint(options.endpoint, chat=bool(c)) for c in chats})
     prose = options.prompt == "text"
@@ -464,14 +473,6 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     if options.clip:
         made.clip()
     return made
-
-
-def _turns(options: ReplayOptions, source: Source, schedule: Schedule) -> TurnPlan:
-    if options.turns != "open":
-        check_ring(source.links, options.source, source.rows.request_id)
-    return make_waits(
-        source.links, schedule, options.turns, options.speed, scaled_think=options.scaled_think
-    )
 
 
 def is_private(url: str) -> bool:

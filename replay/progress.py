@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+ABORTED = "client_abort"  # in a replay only where the tape says so
 OUTCOMES = "tokentape_requests_total"
 FAILED_SHARE = 0.01  # as in the verdict
 LATE_SHARE = 0.01  # the verdict's p99
@@ -65,7 +66,7 @@ class Progress:
             for series, count in self.served.items()
             if series.startswith(OUTCOMES)
         }
-        failed = {n: c for n, c in outcomes.items() if n not in ("ok", "cut")}
+        failed = {n: c for n, c in outcomes.items() if n not in ("ok", "cut", ABORTED)}
         found = []
         if sum(failed.values()) > FAILED_SHARE * sum(outcomes.values()):
             found.append(", ".join(f"{n} {name}" for name, n in failed.items()))

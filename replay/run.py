@@ -84,6 +84,7 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
         shortest_input_tokens=plan.shortest_input_tokens,
         prompts_counted=all(form.counted for form in plan.target.forms.values()),
         losses=lost,
+        planned_aborts=plan.source.aborts.count(plan.schedule.source_index),
     )
     for doubt in sentinels.doubts(before, after):
         verdict.blame("suspect", doubt)

@@ -9,8 +9,9 @@ from time import monotonic_ns
 
 import aiohttp
 
+from tokentape.replay.exchange import Exchange
 from tokentape.replay.sockets import Poller, connect_stamped
-from tokentape.replay.transport import Exchange, StampedConnector, StampedProtocol
+from tokentape.replay.transport import StampedConnector, StampedProtocol
 from tokentape.traces.blocks import NO_STAMP
 from tokentape.traces.errors import TokentapeError
 from tokentape.traces.kernel_stamps import KernelClock

@@ -21,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokentape.replay.ahead import Ahead, ArmTimes, Outgoing
+from tokentape.replay.exchange import ABORTED, Exchange, Reply
 from tokentape.replay.health import Health, Watch, return_memory
 from tokentape.replay.later import FAR_NS, Later
 from tokentape.replay.progress import Progress
 from tokentape.replay.sent_rows import LATE_NS, end_columns, late_cause, sent_end_ns
 from tokentape.replay.start import Start, StartAt
 from tokentape.replay.timer import AbsoluteTimer, precise_wakeups
-from tokentape.replay.transport import Body, Client, Exchange, Reply
+from tokentape.replay.transport import Body, Client
 from tokentape.replay.turns import Followers, Waits
 
 Ints = NDArray[np.int64]
@@ -305,7 +306,9 @@ class Sender:
         if self._timeout_s is not None and exchange.deadline is not None:
             exchange.deadline.reschedule(self._loop.time() + self._timeout_s)
         if self._first_byte_s is not None and armed.outgoing.row.get("stream"):
-            exchange.first_by = self._loop.call_later(self._first_byte_s, exchange.give_up)
+            exchange.timers.append(self._loop.call_later(self._first_byte_s, exchange.give_up))
+        if (after_ns := armed.outgoing.leave_after_ns) is not None:
+            exchange.timers.append(self._loop.call_later(after_ns / NS_PER_S, exchange.leave))
 
     def _arm_ahead(self) -> bool:
         """Arm a turn's share of those whose time to be armed has come; whether more wait."""
@@ -338,6 +341,9 @@ class Sender:
     def _launch(self, outgoing: Outgoing, number: int, due_ns: int) -> "Armed":
         """Arm a request; `due_ns` counts from the start of the run."""
         exchange = Exchange(self._recorder)
+        if outgoing.leave_events:
+            exchange.leave_events = outgoing.leave_events
+            exchange.wire_format = outgoing.row["wire_format"]
         body = Body(outgoing.body, exchange)
         armed = Armed(exchange, outgoing, number, self._t0_ns + due_ns, body)
         armed.task = asyncio.Task(self._follow(armed), loop=self._loop, eager_start=True)
@@ -360,7 +366,7 @@ class Sender:
         """Tell those that wait for this one that it has ended, however it did."""
         assert self._later is not None
         exchange = armed.exchange
-        failed = exchange.outcome != "ok" or exchange.status >= FAILED_STATUS
+        failed = exchange.outcome not in ("ok", ABORTED) or exchange.status >= FAILED_STATUS
         end_ns = exchange.end_ns - self._t0_ns
         if self._later.ended(armed.number, end_ns, failed=failed) and not self._stopped:
             self._set_timer()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tokentape.replay.transport import Exchange
+from tokentape.replay.exchange import Exchange
 
 LATE_NS = 1_000_000  # a later send names its cause
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from yarl import URL
 
+from tokentape.replay.aborts import Aborts
 from tokentape.replay.ahead import Outgoing
 from tokentape.replay.apis import APIS, Endpoint, Wanted
 from tokentape.replay.prompts import PromptSource
@@ -36,6 +37,7 @@ class Share:
 
     due_ns: Ints
     waits: Waits | None
+    aborts: Aborts
     positions: Positions
     copies: NDArray[np.int16]
     input_tokens: NDArray[np.int32]
@@ -65,6 +67,7 @@ class Share:
             self,
             due_ns=self.due_ns[kept],
             waits=self.waits.part(kept) if self.waits is not None else None,
+            aborts=self.aborts.of(self.positions[kept]),
             positions=self.positions[kept],
             copies=self.copies[kept],
             input_tokens=self.input_tokens[place],
@@ -89,6 +92,10 @@ class Share:
         input_tokens = int(self.input_tokens[place])
         output_tokens = max(1, int(self.output_tokens[place]))
         stream = bool(self.stream[place])
+        asked_tokens, leaving = output_tokens, self.aborts.by_row.get(position)
+        if leaving is not None:
+            most = self.target.max_model_tokens
+            asked_tokens = leaving.asked(output_tokens, input_tokens, most)
         request_id = self.rows.request_id(position)
         units = form.length.units(input_tokens)
         blocks = self.rows.blocks(position).of_copy(copy)
@@ -96,7 +103,7 @@ class Share:
             of_units = max(1, round(blocks.block_tokens / form.length.per_unit))
             blocks = replace(blocks, block_tokens=of_units)
         draws = self._prompts.draws(request_id, units, blocks, copy=copy)
-        row = self.rows.columns(position, copy) | form.columns(output_tokens, stream=stream)
+        row = self.rows.columns(position, copy) | form.columns(asked_tokens, stream=stream)
         row |= {
             "endpoint": self.target.address.path(form.endpoint),
             "source_request_id": request_id,
@@ -104,8 +111,13 @@ class Share:
             "planned_input_tokens": input_tokens,
             "planned_output_tokens": output_tokens,
         }
-        body = form.body(draws, output_tokens, stream=stream)
-        return Outgoing(self._urls[form.endpoint], self._headers_of(form.endpoint, row), body, row)
+        body = form.body(draws, asked_tokens, stream=stream)
+        url, headers = self._urls[form.endpoint], self._headers_of(form.endpoint, row)
+        if leaving is None:
+            return Outgoing(url, headers, body, row)
+        by_events = stream and leaving.events > 0
+        events, after_ns = (leaving.events, None) if by_events else (0, leaving.after_ns)
+        return Outgoing(url, headers, body, row, events, after_ns)
 
     def _headers_of(self, endpoint: Endpoint, row: dict[str, Any]) -> dict[str, str]:
         session_id, headers = row.get("session_id"), self._headers[endpoint]

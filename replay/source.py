@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tokentape.replay.aborts import Aborts, AbortScan
 from tokentape.replay.links import Links, LinkScan, digests_of, together
 from tokentape.replay.operators import Kin
 from tokentape.replay.rows import Group, TapeRows
@@ -38,7 +39,16 @@ CONSTRAINED = (
 )
 MEDIA = "requests of the tape had images or sound: replayed as text of as many tokens"
 _COLUMNS = (
-    *("arrival_ns", "scheduled_ns", "end_ns", "outcome", "http_status", "operation", "stream"),
+    *(
+        "arrival_ns",
+        "scheduled_ns",
+        "send_ns",
+        "end_ns",
+        "outcome",
+        "http_status",
+        "operation",
+        "stream",
+    ),
     *("n_choices", "max_tokens", "prompt_bytes", "parents", "think_ns", "session_id"),
     *("input_tokens", "planned_input_tokens", "output_tokens", "planned_output_tokens"),
     *("block_tokens", "block_unit", "prefix_partial"),
@@ -68,6 +78,7 @@ class Source:
     sessions: Small
     kept_together: Small
     links: Links
+    aborts: Aborts
     with_blocks: bool
     approximate_blocks: bool  # counted in bytes, so that shared prefixes are about right only
     guessed: dict[str, int]
@@ -90,11 +101,12 @@ class Source:
 
 
 def read_source(
-    tape: Tape, *, include_failed: bool = False, with_kin: bool = False
+    tape: Tape, *, include_failed: bool = False, with_kin: bool = False, with_aborts: bool = True
 ) -> tuple[Source, Offered]:
     """Read what a replay needs; TapeError when the tape holds no request at all.
 
-    `with_kin`: operators will choose, so tell them who stays together (8 bytes a request).
+    `with_aborts`: tell where clients left; else replies end there by themselves. `with_kin`:
+    operators will choose, so tell them who stays together (8 bytes a request).
     """
     if not tape.rows:
         rest = f" ({tape.unsealed_rows} rows unsealed: run recover)" if tape.unsealed_rows else ""
@@ -133,6 +145,7 @@ def read_source(
         sessions=sessions,
         kept_together=kept_together,
         links=links,
+        aborts=scan.aborts.aborts(groups) if with_aborts else Aborts(),
         with_blocks=scan.with_blocks,
         approximate_blocks=scan.approximate_blocks,
         guessed={name: n for name, n in guessed.items() if n},
@@ -201,6 +214,7 @@ class _Scan:
         self._bytes = self._tokens = 0  # of prompts that have both
         self._block_units = self._block_tokens = 0  # of prompts with blocks of bytes
         self.links = LinkScan()
+        self.aborts = AbortScan()
         self.unlike = dict.fromkeys((CONSTRAINED, MEDIA), 0)
         self.with_blocks = self.approximate_blocks = False
 
@@ -215,6 +229,7 @@ class _Scan:
         self.several_choices[here] = _flags(pc.greater(table["n_choices"], 1))
         self._reason[here] = self._reasons(table)
         self.links.take(table, here.start)
+        self.aborts.take(table, here.start)
         self.with_blocks |= table["block_unit"].null_count < table.num_rows
         self._take_unlike(table)
         self._take_inputs(table, here)

@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from errno import errorcode
 from pathlib import Path
 from time import monotonic_ns
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import aiohappyeyeballs
 import aiohttp
@@ -33,6 +33,7 @@ from aiohttp.streams import StreamReader
 from aiohttp.tracing import Trace
 from yarl import URL
 
+from tokentape.replay.exchange import Exchange
 from tokentape.replay.sockets import Poller, connect_stamped, stamped_socket
 from tokentape.replay.trust import trust
 from tokentape.traces.blocks import NO_STAMP
@@ -45,73 +46,6 @@ WARM_AT_ONCE = 64  # connects in flight while warming: below the usual listen ba
 SPARE_FILES = 128  # descriptors left for everything that is not a connection
 ESTABLISHED = b"\x01"  # the first byte of Linux's tcp_info
 TCP_INFO = getattr(socket, "TCP_INFO", None)
-
-
-class Reply(Protocol):
-    """Where a reply's head and body go; traces' Recorder is one."""
-
-    def reply_head(
-        self,
-        stream: int,
-        t_ns: int,
-        status: int,
-        headers: list[tuple[bytes, bytes]],
-        lag_us: int = NO_STAMP,
-    ) -> None:
-        """Status and headers of the reply."""
-
-    def reply_data(self, stream: int, t_ns: int, data: bytes, lag_us: int = NO_STAMP) -> None:
-        """A piece of the body; pieces of one read share its stamp."""
-
-
-class Exchange:
-    """One request on the wire. The transport fills in the stamps (monotonic ns; 0 is never)."""
-
-    __slots__ = (
-        "acked_ns",
-        "conn_id",
-        "connect_ns",
-        "deadline",
-        "end_ns",
-        "error_type",
-        "first_by",
-        "first_ns",
-        "head_ns",
-        "kernel_send_ns",
-        "late_first",
-        "outcome",
-        "recorder",
-        "release_ns",
-        "reused",
-        "send_end_ns",
-        "send_ns",
-        "status",
-        "stream",
-    )
-
-    def __init__(self, recorder: Reply) -> None:
-        self.recorder = recorder
-        self.stream: int | None = None
-        self.release_ns = 0  # when it was let go; its connection may be ready long before
-        self.deadline: asyncio.Timeout | None = None
-        self.connect_ns: int | None = None  # None: a connection was waiting
-        self.first_by: asyncio.TimerHandle | None = None  # calls `give_up`
-        self.late_first = False
-        self.send_ns = self.send_end_ns = self.head_ns = self.first_ns = self.end_ns = 0
-        self.kernel_send_ns = self.acked_ns = 0
-        self.status = 0
-        self.conn_id: int | None = None
-        self.reused = False
-        self.outcome = "cut"
-        self.error_type: str | None = None
-
-    def give_up(self) -> None:
-        """End it as a client does that waits no longer for the first byte of a body."""
-        if self.deadline is None or self.first_ns or self.end_ns:
-            return
-        with contextlib.suppress(RuntimeError):  # it is ending already
-            self.deadline.reschedule(0)
-            self.late_first = True
 
 
 _CURRENT: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -130,7 +64,11 @@ class Sink(StreamReader):
         assert exchange.stream is not None
         if not exchange.first_ns:
             exchange.first_ns = protocol.read_ns
+        if exchange.left:
+            return False
         exchange.recorder.reply_data(exchange.stream, protocol.read_ns, data, protocol.lag_us)
+        if exchange.leave_events:
+            exchange.count(data, protocol.read_ns)
         return False
 
     def feed_eof(self) -> None:
@@ -201,6 +139,8 @@ class StampedProtocol(ResponseHandler):
             exchange.recorder.reply_head(
                 exchange.stream, self.read_ns, message.code, list(message.raw_headers), self.lag_us
             )
+            if exchange.leave_events:
+                exchange.count_from(message.code, message.headers)
             self._divert(body, exchange)
         super().feed_data(data, size)
 
@@ -214,6 +154,8 @@ class StampedProtocol(ResponseHandler):
             exchange.first_ns = self.read_ns
         for piece in body._buffer:  # noqa: SLF001
             exchange.recorder.reply_data(exchange.stream, self.read_ns, piece, self.lag_us)
+            if exchange.leave_events:
+                exchange.count(piece, self.read_ns)
         body._buffer.clear()  # noqa: SLF001
         body._size = 0  # noqa: SLF001
         body.__class__ = Sink
@@ -397,17 +339,21 @@ class Client:
             async with asyncio.timeout(None) as exchange.deadline:
                 await self._round_trip(url, headers, body)
             exchange.outcome = "upstream_abort" if exchange.error_type else "ok"
+            if exchange.left:  # the reply ended while its client was leaving
+                exchange.left_early()
         except TimeoutError as error:  # a connect may time out in the kernel, too
             exchange.outcome = "timeout"
             ours = "first_byte_timeout" if exchange.late_first else "total_timeout"
             exchange.error_type = errorcode.get(error.errno or 0) or ours
+            if exchange.left:
+                exchange.left_early()
         except NO_REPLY as error:
             exchange.outcome = "upstream_abort" if exchange.send_ns else "connect_error"
             exchange.error_type = _error_type(error)
         finally:
             exchange.end_ns = exchange.end_ns or monotonic_ns()
-            if exchange.first_by is not None:
-                exchange.first_by.cancel()
+            for timer in exchange.timers:
+                timer.cancel()
 
     async def _round_trip(self, url: URL, headers: dict[str, str], body: Body) -> None:
         response = await self._session.post(url, data=body, headers=headers, allow_redirects=False)

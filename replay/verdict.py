@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokentape.replay import measures
+from tokentape.replay.exchange import ABORTED
 from tokentape.replay.health import cores
 from tokentape.replay.sender import Sent
 from tokentape.replay.sent_rows import LATE_NS
@@ -85,6 +86,7 @@ class Verdict:
         outcomes = ", ".join(f"{n} {name}" for name, n in f["outcomes"].items()) or "none"
         return [
             f"  requests: {f['requests']} sent: {outcomes}",
+            *_abort_lines(f),
             *_refusal_lines(f["refusals"]),
             *_schedule_lines(f),
             *_length_lines(f),
@@ -92,6 +94,14 @@ class Verdict:
             *_machine_lines(f),
             *([f"  beside the tape: {f['fidelity']['says']}"] if "fidelity" in f else []),
         ]
+
+
+def _abort_lines(f: dict[str, Any]) -> list[str]:
+    planned, left = f["planned_aborts"], f["outcomes"].get(ABORTED, 0)
+    if not planned:
+        return []
+    rest = f", {planned - left} had ended before or were not sent" if planned > left else ""
+    return [f"  aborts: {left} of {planned} replies were left as their recorded clients did{rest}"]
 
 
 def _refusal_lines(refusals: dict[str, Any]) -> list[str]:
@@ -188,6 +198,7 @@ def judge_run(
     shortest_input_tokens: int = 0,
     prompts_counted: bool = True,
     losses: dict[str, int] | None = None,
+    planned_aborts: int = 0,
 ) -> Verdict:
     """The verdict on a sealed run.
 
@@ -196,6 +207,7 @@ def judge_run(
     says nothing about prompts, so that no miss can be told from it.
     """
     verdict = Verdict()
+    verdict.figures["planned_aborts"] = planned_aborts
     table = measures.read(tape)
     _judge_outcomes(verdict, table, sent)
     _judge_schedule(verdict, table)
@@ -267,8 +279,9 @@ def _judge_outcomes(verdict: Verdict, table: pa.Table, sent: Sent) -> None:
     if not table.num_rows:
         verdict.blame("invalid", "no request was sent")
         return
-    failed = table.num_rows - outcomes.get("ok", 0) - outcomes.get("cut", 0)
-    kinds = ", ".join(f"{n} {name}" for name, n in outcomes.items() if name not in ("ok", "cut"))
+    no_failure = ("ok", "cut", ABORTED)  # a replay leaves a reply only where its tape says so
+    failed = table.num_rows - sum(outcomes.get(name, 0) for name in no_failure)
+    kinds = ", ".join(f"{n} {name}" for name, n in outcomes.items() if name not in no_failure)
     share = failed / table.num_rows
     failures = f"{100 * share:.1f} % of the requests failed: {kinds}"
     verdict.judge(share, FAILED_SHARE, failures, candidate=True)

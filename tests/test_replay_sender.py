@@ -17,11 +17,12 @@ from yarl import URL
 from replay_server import HEAD, LAST, Script, Seen, Server, Step, chunk, plain, serve
 from tokentape.replay import sender
 from tokentape.replay.ahead import Outgoing
+from tokentape.replay.exchange import Exchange
 from tokentape.replay.progress import Progress
 from tokentape.replay.sender import Sender, Sent
 from tokentape.replay.sent_rows import late_cause
 from tokentape.replay.start import AFTER_NS
-from tokentape.replay.transport import Exchange, open_client
+from tokentape.replay.transport import open_client
 from tokentape.traces.blocks import NO_STAMP
 
 MS = 1_000_000

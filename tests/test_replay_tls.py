@@ -16,10 +16,11 @@ from yarl import URL
 
 from certificates import Authority
 from replay_server import HEAD, LAST, chunk, engine_like, plain, serve
+from tokentape.replay.exchange import Exchange
 from tokentape.replay.options import ReplayOptions
 from tokentape.replay.plan import make_plan
 from tokentape.replay.run import run_plan
-from tokentape.replay.transport import Body, Exchange, open_client
+from tokentape.replay.transport import Body, open_client
 from tokentape.traces.blocks import NO_STAMP
 from tokentape.traces.errors import TokentapeError, UsageError
 from tokentape.traces.reader import open_tape

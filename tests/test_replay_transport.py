@@ -10,8 +10,9 @@ from yarl import URL
 
 from replay_server import HEAD, LAST, Script, Seen, Step, chunk, plain, serve
 from tokentape.replay import transport
+from tokentape.replay.exchange import Exchange
 from tokentape.replay.self_check import self_check
-from tokentape.replay.transport import Body, Exchange, open_client
+from tokentape.replay.transport import Body, open_client
 from tokentape.traces.blocks import NO_STAMP
 from tokentape.traces.errors import TokentapeError
 

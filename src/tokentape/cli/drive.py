@@ -155,6 +155,10 @@ def replay(
         Literal["scaled", "recorded"],
         typer.Option(help="Whether --speed divides think times, as all other times."),
     ] = "scaled",
+    aborts: Annotated[
+        Literal["recorded", "ignore"],
+        typer.Option(help="Whether replies are left where their recorded clients left them."),
+    ] = "recorded",
     workers: Annotated[
         int,
         typer.Option(
@@ -250,6 +254,7 @@ def replay(
         precise=precise,
         include_failed=include_failed,
         turns=turns,
+        replay_aborts=aborts == "recorded",
         scaled_think=think == "scaled",
         operators=Asked(
             thin=units.percent("--thin", thin) if thin is not None else None,
