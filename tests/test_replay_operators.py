@@ -83,6 +83,17 @@ def test_thinning_keeps_sessions_whole_and_a_smaller_share_is_part_of_a_larger(
     assert sessions(Thin(Fraction(1), seed).apply(chosen, kin), kin) == before
 
 
+@given(loads(), shares, seeds, st.integers(0, 40), st.integers(0, 40))
+def test_a_window_is_thinned_as_the_whole_tape_is(
+    given_load: tuple[Selected, Kin], share: Fraction, seed: int, first: int, width: int
+) -> None:
+    chosen, kin = given_load
+    inside = (chosen.row >= first) & (chosen.row < first + width)
+    kept = set(Thin(share, seed).apply(chosen, kin).row.tolist())
+    window = Thin(share, seed).apply(chosen.only(inside), kin).row.tolist()
+    assert window == sorted(kept & set(chosen.row[inside].tolist()))
+
+
 def test_thinning_keeps_about_its_share_and_follows_the_seed() -> None:
     n = 20_000
     chosen, kin = load(list(range(n)), [k // 2 for k in range(n)])
