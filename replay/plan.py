@@ -437,7 +437,7 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
         raise UsageError(f"--speed: {error}") from None
     whole = len(schedule.due_ns)
     if shapes is not None and options.speed != 1:
-        shapes.sped(_factor(options.speed), schedule)
+        shapes.sped(_factor(options.speed), schedule, scaled_think=options.scaled_think)
     if whole and options.shard:
         shard = shard_of(source.groups(schedule), options.shard.count)
         schedule = schedule.part(shard == options.shard.index, offered.duration_ns)

@@ -109,14 +109,22 @@ class Shapes:
             )
         )
 
-    def sped(self, factor: str, schedule: Schedule) -> None:
+    def sped(self, factor: str, schedule: Schedule, *, scaled_think: bool = True) -> None:
         """Take the shape of the plan itself, which the speed came last to."""
+        does = (
+            "all gaps, think time too, are divided by it; the CV of the gaps and prefix reuse stay"
+        )
+        if not scaled_think:
+            does = (
+                "gaps are divided by it, think time stays as recorded: turns come later than these "
+                "figures say; prefix reuse stays"
+            )
         self.add(
             f"speed {factor}",
             schedule.due_ns,
             schedule.source_index,
             schedule.copy_index,
-            "all gaps, think time too, are divided by it; the CV of the gaps and prefix reuse stay",
+            does,
         )
 
     def lines(self) -> list[str]:

@@ -27,10 +27,12 @@ from tokentape.replay.plan import Plan, make_plan
 from tokentape.replay.sessions import mixed
 from tokentape.traces.errors import UsageError
 from tokentape.traces.importers import import_trace
+from tokentape.traces.reader import open_tape
 from tokentape.traces.writer import TapeWriter
 
 SECOND = 1_000_000_000
 DATA = Path(__file__).parent.parent / ".." / "shared" / "data"
+WEKA = DATA / "weka-agentic"
 MOONCAKE = DATA / "mooncake" / "conversation_trace.jsonl"
 
 times = st.lists(st.integers(0, 10**15), min_size=1, max_size=40).map(sorted)
@@ -271,6 +273,16 @@ def test_a_plan_states_what_each_step_does_before_and_after(tmp_path: Path) -> N
     assert plan.shapes and all(len(line) <= 100 for line in plan.shapes.lines())
 
 
+@pytest.mark.parametrize(
+    ("scaled", "said"), [(True, "think time too, are divided"), (False, "stays as recorded")]
+)
+def test_what_a_speed_does_to_think_time_is_said(
+    tmp_path: Path, *, scaled: bool, said: str
+) -> None:
+    plan = plan_of(tape(tmp_path / "t", [{}] * 3), speed=Fraction(2), scaled_think=scaled)
+    assert plan.shapes and said in plan.shapes.found[-1].distorts
+
+
 def test_sessions_and_copies_stay_whole_in_shards_and_one_worker(tmp_path: Path) -> None:
     source = tape(tmp_path / "t", [{"session_id": f"s{n % 7}"} for n in range(70)])
     plan = plan_of(source, operators=Asked(multiply=Fraction(3)), workers=3)
@@ -305,3 +317,22 @@ def test_the_mooncake_trace_shares_no_more_when_it_is_doubled(tmp_path: Path) ->
     assert before.reuse and spread.reuse == before.reuse == doubled.reuse
     assert before.dispersion_1s and before.dispersion_1s > 5  # volleys every three seconds
     assert spread.dispersion_1s and spread.dispersion_1s < 1.2
+
+
+@pytest.mark.skipif(not WEKA.exists(), reason=f"{WEKA} is not here")
+def test_agents_and_their_subagents_stay_together_at_their_distances(tmp_path: Path) -> None:
+    import_trace("weka", [WEKA], tmp_path / "w")
+    asked = Asked(thin=Fraction(3, 4), multiply=Fraction(5, 2))
+    plan = plan_of(tmp_path / "w", operators=asked, seed=0)
+    schedule, source = plan.schedule, plan.source
+    rows, copies = schedule.source_index.tolist(), schedule.copy_index.tolist()
+    due = dict(zip(zip(rows, copies, strict=True), schedule.due_ns.tolist(), strict=True))
+    table = open_tape(tmp_path / "w").read(["arrival_ns", "session_id"])
+    arrival, name = table["arrival_ns"].to_pylist(), table["session_id"].to_pylist()
+    links = list(zip(source.links.child.tolist(), source.links.parent.tolist(), strict=True))
+    followed = dict.fromkeys(range(3), 0)
+    for (row, copy), at in due.items():
+        for parent in (p for c, p in links if c == row):
+            assert at - due[parent, copy] == arrival[row] - arrival[parent]
+            followed[copy] += name[row] != name[parent]
+    assert followed[0] == followed[1] > 0  # links from one session to another
