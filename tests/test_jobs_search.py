@@ -93,6 +93,7 @@ def test_an_slo_that_every_speed_meets_and_one_that_none_meets_are_one_line_each
     heard, server, _ = swept
     found = heard.capacity(60_000 * MS)
     assert found.answer().startswith("capacity: at least 2x, ")
+    assert "! runs of 0.09 s: a server that falls behind slowly" in found.text()
     assert [j["speed"] for j in found.as_dict()["probes"]] == [1.0, 2.0]
     with pytest.raises(GateNotMet, match="capacity: none: the SLO is not met down to 1x"):
         heard.capacity(1)

@@ -19,6 +19,8 @@ from tokentape.jobs.probes import Done, Probes
 from tokentape.replay.run import Plan
 from tokentape.traces.errors import CannotKeepUp, GateNotMet, TapeError
 
+SHORT_S = 60.0  # in 60 s at 2 % above its capacity a server is 1.2 s behind
+
 
 @dataclass
 class Capacity:
@@ -50,6 +52,7 @@ class Capacity:
                     "met": j.met,
                     "requests": self.done[j.speed].requests,
                     "requests_per_s": self.done[j.speed].per_s,
+                    "span_s": self.done[j.speed].span_s,
                     "verdict": self.done[j.speed].verdict,
                     "tape": str(self.done[j.speed].tape),
                 }
@@ -66,7 +69,16 @@ class Capacity:
                 f"  {float(j.speed):>7g}x  {done.per_s:>8.2f}/s  {said(j)}, "
                 f"{done.requests:,} requests, {done.verdict}  {done.tape.name}"
             )
-        return "\n".join([*lines, self.answer()])
+        return "\n".join([*lines, *self._short(), self.answer()])
+
+    def _short(self) -> list[str]:
+        """Whether an end of the bracket stands on a run too short to see a server fall behind."""
+        ends = [j for j in (self.bracket.met, self.bracket.missed) if j is not None]
+        spans = [self.done[j.speed].span_s for j in ends]
+        if min(spans, default=SHORT_S) >= SHORT_S:
+            return []
+        behind = "a server that falls behind slowly looks as if it kept up"
+        return [f"! runs of {min(spans):.3g} s: {behind}; --duration {SHORT_S:.0f}s or more"]
 
     def answer(self) -> str:
         """The answer on one line."""

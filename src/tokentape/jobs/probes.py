@@ -37,6 +37,7 @@ class Done:
     speed: Fraction
     requests: int
     per_s: float
+    span_s: float
     verdict: str
     kept: bool = False
 
@@ -87,7 +88,8 @@ class Probes:
                 raise CannotKeepUp(f"{name}: two runs say nothing of the candidate, {why}")
         plan, level = facts["plan"], facts["verdict"]["level"]
         kept = facts.get("kept", False)
-        return Done(name, tape, speed, plan["requests"], plan["mean_per_s"], level, kept)
+        load = (plan["requests"], plan["mean_per_s"], plan["span_ns"] / 1e9)
+        return Done(name, tape, speed, *load, level, kept)
 
     def _place(self, name: str, options: ReplayOptions) -> tuple[Path, dict[str, Any] | None]:
         """Where a run goes; its facts if it is there, whole, and of these options."""
