@@ -169,7 +169,7 @@ def _refuse_other(tape: Path, facts: dict[str, Any], options: ReplayOptions) -> 
     """TapeError for a run that was made otherwise: it must not be taken for this one."""
     asked = json.loads(json.dumps(options.as_dict()))
     had = facts.get("options") or {}
-    other = [n for n in asked if n not in OTHERWISE and had.get(n) != asked[n]]
+    other = [n for n in had if n not in OTHERWISE and asked.get(n) != had[n]]
     if facts["candidate"]["url"] != Address.parse(options.to, options.ca).base:
         other.append("candidate")
     source = tape_facts.read_facts(options.source)["tape_id"]
