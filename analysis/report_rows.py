@@ -81,8 +81,7 @@ def ask(session: Session, *, phases: bool = False) -> ReportRows:
     order = {run: i for i, run in enumerate(session.labels)}
 
     def rows(query: str) -> list[Row]:
-        found: list[Row] = session.table(query).to_pylist()
-        return sorted(found, key=lambda row: order[row["run"]])
+        return sorted(session.rows(query), key=lambda row: order[row["run"]])
 
     tapes = rows(_TAPES)
     for row, tape in zip(tapes, session.tapes, strict=True):

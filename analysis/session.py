@@ -7,6 +7,7 @@ is refused as well. Settings are locked once the views stand.
 
 # ruff: noqa: S608 - SQL is put together from our own names and from quoted paths
 
+import functools
 import json
 import re
 import tempfile
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokentape.analysis.hardware import HARDWARE_TABLE, Hardware, hardware_row
-from tokentape.analysis.modules import load_order
+from tokentape.analysis.modules import Module, load_order
 from tokentape.analysis.slo import UNKNOWN_PRESETS, Slo, slo_table
 from tokentape.analysis.views import ON_DEMAND, comment, make, metrics_table, named, quoted
 from tokentape.traces.errors import TapeError, UsageError
@@ -54,6 +55,11 @@ _TAPES = pa.schema(
 _LOSSES = pa.schema([("run", pa.string()), ("reason", pa.string()), ("requests", pa.int64())])
 
 
+@functools.cache
+def _modules() -> tuple[Module, ...]:
+    return tuple(load_order())
+
+
 class Session:
     """The standard views over some tapes, for one thread. A context manager, or close it."""
 
@@ -61,7 +67,7 @@ class Session:
         self.tapes = tapes
         self.labels = run_labels(tapes)
         self._connection = connection
-        self._unmade = [module for module in load_order() if module.name in ON_DEMAND]
+        self._unmade = [module for module in _modules() if module.name in ON_DEMAND]
         self._commented = False
 
     def __enter__(self) -> Self:
@@ -89,7 +95,7 @@ class Session:
         make(self._connection, needed)
         self._unmade = [m for m in self._unmade if m not in needed]
         if about_all and not self._commented:
-            comment(self._connection, load_order())
+            comment(self._connection, list(_modules()))
             self._commented = True
 
     def table(self, query: str) -> pa.Table:
@@ -97,6 +103,17 @@ class Session:
         relation = self.sql(query)
         try:
             return relation.to_arrow_table()
+        except duckdb.Error as error:
+            raise _shown(error, self.tapes) from None
+
+    def rows(self, query: str) -> list[dict[str, Any]]:
+        """The same as dicts; a long query is bound once here, where a relation is bound twice."""
+        try:
+            _refuse_writing(self._connection, query)
+            self._make(query)
+            found = self._connection.execute(query)
+            names = [name for name, *_ in found.description or []]
+            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
         except duckdb.Error as error:
             raise _shown(error, self.tapes) from None
 
@@ -129,8 +146,8 @@ def connect(
         machines = pa.Table.from_pylist(_hardware_rows(session, hardware), schema=HARDWARE_TABLE)
         _make_table(connection, "_hardware", machines)
         _make_table(connection, "_slos", slo_table(slos))
-        modules = load_order()
-        _make_table(connection, "_metrics", metrics_table(modules))
+        modules = _modules()
+        _make_table(connection, "_metrics", metrics_table(list(modules)))
         make(connection, [module for module in modules if module.name not in ON_DEMAND])
         _refuse_unknown_presets(connection)
         _open_files(connection, opened, session.labels)

@@ -10,6 +10,7 @@ from tokentape.analysis.modules import Module, ModuleError, SqlObject
 
 # Costly to bind, so made when a query names one of their objects; METRICS.md lists all alike.
 ON_DEMAND = {
+    "metrics.long",
     "phase.prefill",
     "phase.phases",
     "phase.interference",

@@ -183,6 +183,23 @@ def agree(metric: str, got: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert got["mean"] == pytest.approx(wanted["mean"], rel=1e-12), metric
 
 
+@pytest.mark.parametrize(("least_us", "medians"), [(3000, 2), (0, 0), (4000, 0.5)])
+def test_stalls_agree_with_numpy(tmp_path: Path, least_us: int, medians: float) -> None:
+    rows = random_rows(5)
+    wanted = []
+    for row in rows:
+        for stream in streams_of(row):
+            gaps = np.diff([off for off, _ in stream])
+            if len(gaps):
+                median = np.quantile(gaps, 0.5, method="inverted_cdf")
+                longer = (gaps > least_us) & (gaps > medians * median)
+                wanted += [(int(gap), int(median)) for gap in gaps[longer]]
+    query = f"SELECT gap_us, median_us FROM stalls_over({least_us}, {medians})"
+    with connect([make_tape(tmp_path / "t", rows)]) as session:
+        found = session.sql(query).fetchall()
+    assert wanted and sorted(found) == sorted(wanted)
+
+
 def test_the_tokens_of_the_events_are_the_output_tokens(tmp_path: Path) -> None:
     rows = [r for r in random_rows(4) if r["ntok"] is not None and r["off_us"]]
     with connect([make_tape(tmp_path / "t", rows)]) as session:

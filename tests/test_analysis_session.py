@@ -212,7 +212,7 @@ def test_sql_that_does_not_bind_is_named_with_file_and_line(
     path.write_text(
         "-- module: a.b\n-- requires:\n\n-- A view.\nCREATE VIEW b AS\nSELECT nothing;\n"
     )
-    monkeypatch.setattr(session_module, "load_order", lambda: [read_module(path)])
+    monkeypatch.setattr(session_module, "_modules", lambda: (read_module(path),))
     with pytest.raises(ModuleError) as error:
         connect([tape])
     assert str(error.value).startswith(f"{path}:5: ") and "nothing" in str(error.value)

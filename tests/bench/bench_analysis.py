@@ -2,8 +2,8 @@
 
     python tests/bench/bench_analysis.py [EVENTS] [--memory-limit 500MB]
 
-Writes a synthetic tape (lognormal lengths and gaps, 4 % events of two tokens) into a temporary
-folder; every question runs in a process of its own, three times, best one printed. The
+Writes a synthetic tape (lognormal lengths and gaps, 4 % events of two tokens, 0.07 % stalls) into
+a temporary folder; every question runs in a process of its own, three times, best one printed. The
 report that people wait for is that of 25,000,000 events, which are 100,000 requests.
 """
 
@@ -29,7 +29,7 @@ from tokentape.traces.writer import TapeWriter
 EVENTS_PER_REQUEST = 250
 REQUESTS_PER_SEGMENT = 20_000
 RUNS_OF_EACH = 3
-TTFT_S, GAP_S, RATE_PER_S = 0.25, 0.02, 40.0
+TTFT_S, GAP_S, RATE_PER_S, STALLED = 0.25, 0.02, 40.0, 0.0007
 
 REPORT = "report"
 
@@ -87,6 +87,8 @@ def _segment(rng: np.random.Generator, n: int, start_ns: int) -> pa.Table:
     gaps = np.repeat(rng.uniform(0.4, 1.6, n) * GAP_S * 1e6, lengths) * rng.lognormal(
         0, 0.12, events
     )
+    stalled = rng.random(events) < STALLED
+    gaps[stalled] = 1e6 * rng.uniform(0.2, 1.5, int(stalled.sum()))
     gaps[first] = TTFT_S * 1e6 * rng.lognormal(0, 0.6, n)
     running = np.cumsum(gaps.astype(np.int64))
     off_us = running - np.repeat(running[first] - gaps[first].astype(np.int64), lengths)

@@ -90,14 +90,29 @@ SELECT * FROM _itl_plain
 UNION ALL BY NAME
 SELECT * FROM _itl_searched;
 
+-- The same replies, requests that ended well, without what counts by value have no use for: two slices
+-- unrolled side by side are a fifth cheaper than one index. Each reply's first event comes last, with
+-- no gap: what is unrolled beside a longer list ends in NULL.
+CREATE VIEW _plain_gaps AS
+SELECT run, after_us::BIGINT - before_us::BIGINT AS gap_us, ntok, weight
+FROM (
+  SELECT
+    run,
+    unnest(off_us[2:]) AS after_us,
+    unnest(off_us[:-2]) AS before_us,
+    unnest(ntok[2:] || ntok[:1])::INTEGER AS ntok,
+    weight
+  FROM _streams
+  WHERE outcome = 'ok' AND choice IS NULL AND NOT list_contains(ntok, 0)
+);
+
 -- Counts by value of ICL and of both metrics here, over requests that ended well; one pass over the events
 -- of plain replies, whose ICL gap and ITL gap are the same.
 CREATE VIEW _gap_counts AS
 WITH
   _plain AS MATERIALIZED (
     SELECT run, gap_us, ntok, sum(weight) AS weight, count(*) AS n
-    FROM _itl_plain
-    WHERE outcome = 'ok'
+    FROM _plain_gaps
     GROUP BY run, gap_us, ntok
   ),
   _searched AS MATERIALIZED (

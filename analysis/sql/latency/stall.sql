@@ -33,37 +33,83 @@
 -- col weight DOUBLE: requests that the row stands for
 CREATE MACRO stalls_over(least_us, medians) AS TABLE
 WITH
-  _long AS MATERIALIZED (  -- few: medians are then taken of these replies alone
-    SELECT * FROM gaps WHERE gap_us > least_us
+  _hit AS MATERIALIZED (  -- few as a rule: all else is asked of these replies alone
+    SELECT DISTINCT run, request_id
+    FROM (
+      SELECT
+        run,
+        request_id,
+        unnest(off_us[2:])::BIGINT - unnest(off_us[:-2])::BIGINT AS gap_us
+      FROM _streams
+      WHERE choice IS NULL
+    )
+    WHERE gap_us > least_us
   ),
-  _gaps_of_these AS (
-    SELECT
-      {'run': run, 'request_id': request_id, 'choice': choice} AS key,
-      gap_us AS value,
-      1 AS weight
-    FROM gaps
-    WHERE request_id IN (SELECT request_id FROM _long)
+  _replies AS (
+    SELECT _streams.*, _median_gap_us(off_us) AS median_us
+    FROM _streams
+    SEMI JOIN _hit USING (run, request_id)
+    WHERE choice IS NULL
   ),
-  _medians AS (SELECT key, p50::BIGINT AS median_us FROM quantiles('_gaps_of_these'))
+  _of_one_choice AS (
+    SELECT *, after_us::BIGINT - before_us::BIGINT AS gap_us
+    FROM (
+      SELECT
+        run,
+        request_id,
+        send_ns,
+        median_us,
+        outcome,
+        model,
+        server_id,
+        weight,
+        unnest(range(2, len(off_us) + 1)) AS i,
+        unnest(off_us[2:]) AS after_us,
+        unnest(off_us[:-2]) AS before_us
+      FROM _replies
+    )
+    WHERE gap_us > least_us AND gap_us > medians * median_us
+  ),
+  _many AS (
+    SELECT {'run': run, 'request_id': request_id, 'choice': choice} AS key, gap_us AS value, 1 AS weight
+    FROM _events_of_many_choices
+    WHERE gap_us IS NOT NULL
+  ),
+  _medians AS (SELECT key, p50::BIGINT AS median_us FROM quantiles('_many'))
 SELECT
-  _long.run,
-  _long.request_id,
-  _long.i,
-  _long.choice,
-  _long.t_ns - _long.gap_us * 1000 AS from_ns,
-  _long.t_ns AS until_ns,
-  _long.gap_us,
+  run,
+  request_id,
+  i,
+  NULL::TINYINT AS choice,
+  send_ns + before_us::BIGINT * 1000 AS from_ns,
+  send_ns + after_us::BIGINT * 1000 AS until_ns,
+  gap_us,
   median_us,
-  _long.outcome,
-  _long.model,
-  _long.server_id,
-  _long.weight
-FROM _long
+  outcome,
+  model,
+  server_id,
+  weight
+FROM _of_one_choice
+UNION ALL BY NAME
+SELECT
+  events.run,
+  events.request_id,
+  i,
+  events.choice,
+  t_ns - gap_us * 1000 AS from_ns,
+  t_ns AS until_ns,
+  gap_us,
+  median_us,
+  outcome,
+  model,
+  server_id,
+  weight
+FROM _events_of_many_choices AS events
 JOIN _medians
-  ON key.run = _long.run
-  AND key.request_id = _long.request_id
-  AND key.choice IS NOT DISTINCT FROM _long.choice
-WHERE _long.gap_us > medians * median_us;
+  ON key.run = events.run
+  AND key.request_id = events.request_id
+  AND key.choice = events.choice
+WHERE gap_us > least_us AND gap_us > medians * median_us;
 
 -- Stalls over 200 ms and over 2 median gaps.
 -- cols stalls_over: the same columns

@@ -1,25 +1,11 @@
 -- module: metrics.long
--- requires: prelude.schema, prelude.quantiles, latency.ttft, latency.tpot, latency.icl, latency.itl,
---   latency.e2e, latency.normalized, latency.stall, throughput.in_flight, throughput.rates, throughput.hardware,
---   cost.price, cost.energy, quality.outcomes, quality.schedule, slo.goodput, throughput.steady, throughput.prefix,
---   phase.server, phase.phases, phase.interference, tails.tails, frontier.frontier
+-- requires: prelude.quantiles, prelude.schema, latency.ttft, latency.tpot, latency.itl, latency.e2e,
+--   latency.normalized, latency.stall, throughput.in_flight, throughput.rates, throughput.hardware,
+--   cost.price, cost.energy, quality.outcomes, quality.schedule, slo.goodput, phase.server, metrics.definitions
 --
 -- Every metric of every run in one tidy table, the only machine output. The same rows for every
 -- run, also where there is no value. A value that is NULL is not known, does not apply, or stands
 -- on too few samples (enough_samples).
-
--- What is measured, from the heads of the modules.
--- col metric VARCHAR: name
--- col title VARCHAR: name for people
--- col unit VARCHAR: unit of its values
--- col weight VARCHAR: what each sample counts for: request, event, token, time; none for a single number
--- col formula VARCHAR: definition
--- col undefined_when VARCHAR: when it is NULL
--- col differs_from VARCHAR: how other tools differ
--- col source VARCHAR: view and column of the raw values
--- col module VARCHAR: module that defines it
-CREATE VIEW metrics AS
-SELECT * FROM _metrics;
 
 -- Samples with one row per request, run and metric as one key. Private parts of this module are
 -- macros without arguments: DuckDB does not bind them when they are made.
@@ -30,7 +16,6 @@ FROM (
   UNION ALL BY NAME SELECT * FROM _tpot_samples
   UNION ALL BY NAME SELECT * FROM _e2e_samples
   UNION ALL BY NAME SELECT * FROM _normalized_samples
-  UNION ALL BY NAME SELECT * FROM _user_samples
   UNION ALL BY NAME SELECT * FROM _schedule_samples
   UNION ALL BY NAME SELECT * FROM _server_samples
 )

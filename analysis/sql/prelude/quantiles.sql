@@ -99,3 +99,11 @@ WITH _counts AS (
   GROUP BY ALL
 )
 SELECT * FROM _quantiles_of_counts('_counts');
+
+-- Median gap of a list of offsets, a value that was seen; within its row, so no state grows.
+CREATE MACRO _median_gap_us(off_us) AS
+list_aggregate(
+  list_transform(off_us[2:], lambda after_us, i: after_us::BIGINT - off_us[i]::BIGINT),
+  'quantile_disc',
+  0.5
+);

@@ -56,9 +56,3 @@ SELECT
   (input_tokens_per_s + output_tokens_per_s) / gpus AS total_tokens_per_s_gpu
 FROM rates
 JOIN hardware USING (run);
-
--- Samples of the first metric above.
-CREATE VIEW _user_samples AS
-SELECT run, 'tokens_per_s_user' AS metric, arrival_ns, 1e9 / nullif(tpot_ns, 0) AS value, weight
-FROM tpot
-WHERE outcome = 'ok' AND tpot_ns > 0;
