@@ -366,6 +366,8 @@ class Report(ReportRows):
             if verdict := tape["facts"].get("verdict"):
                 lines.append(f"verdict of {tape['run']}: {verdict['level']}")
                 lines += [f"  {reason}" for reason in verdict["reasons"]]
+                if beside := verdict.get("fidelity"):
+                    lines.append(f"  beside its tape: {beside['says']}")
         return lines
 
 

@@ -92,7 +92,7 @@ class Verdict:
             *_length_lines(f),
             *_stamp_lines(f),
             *_machine_lines(f),
-            *([f"  beside the tape: {f['fidelity']['says']}"] if "fidelity" in f else []),
+            *([f"  beside its tape: {f['fidelity']['says']}"] if "fidelity" in f else []),
         ]
 
 

@@ -131,6 +131,7 @@ def test_plain_data_is_json_with_stable_keys(one: Report, two: Report) -> None:
         "prefixes",
         "phases",
         "interference",
+        "calibration",
     ]
     assert [t["run"] for t in found["tapes"]] == ["a.tape", "b.tape"]
     assert found["tapes"][1]["facts"]["verdict"] == VERDICT

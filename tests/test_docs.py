@@ -115,7 +115,7 @@ def test_the_example_of_every_verb_runs(
     }
     assert all(printed.values())
     assert printed["sql"].split()[-1] == "3"
-    assert "run.tape" in printed["report"]
+    assert "run.tape" in printed["report"] and "beside its tape: " in printed["report"]
 
 
 @pytest.mark.slow
