@@ -1,6 +1,8 @@
 """Turns: who waited for whom on a tape, and that the same wait for the same in a plan and a run."""
 
 import heapq
+import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -21,7 +23,7 @@ from tokentape.replay.asked import Asked
 from tokentape.replay.links import NO_LINKS, Links, together
 from tokentape.replay.options import ReplayOptions
 from tokentape.replay.plan import Plan, make_plan
-from tokentape.replay.run import RunSummary, run_plan
+from tokentape.replay.run import Progress, RunSummary, run_plan
 from tokentape.replay.schedule import Offered, Schedule, ScheduleOptions, make_schedule
 from tokentape.replay.sessions import shard_of
 from tokentape.replay.source import Source, read_source
@@ -379,6 +381,33 @@ def test_a_run_with_turns_can_be_replayed_with_its_turns(tmp_path: Path) -> None
     summary, _ = replayed(tmp_path, AGENT, engine_like)
     links = read_source(open_tape(summary.tape))[0].links
     assert len(links) == 5 and not links.missing and not links.cycle
+
+
+def test_a_run_that_is_stopped_counts_those_that_still_wait_as_not_sent(tmp_path: Path) -> None:
+    rows = [
+        row(0, 0, 5),
+        row(1, 10, 5),
+        row(2, 3_600_000, 5, parents=[0]),
+        row(3, 30, 5, parents=[1]),
+    ]
+
+    def endless(seen: Seen) -> Sequence[Step]:
+        """Request 0 is answered, 1 never ends: 2 waits for its time, 3 for an end."""
+        asked = seen.path.endswith("completions") and seen.json["max_tokens"] > 1
+        ends = not asked or len(seen.json["prompt"]) == 20
+        return engine_like(seen) if ends else [*streamed(seen)[:2], 60.0]
+
+    def interrupt(_: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    source = make_tape(tmp_path / "source.tape", rows)
+    with serve(endless) as server:
+        options = ReplayOptions(source, server.url, tmp_path / "run.tape")
+        summary = run_plan(make_plan(options), interrupt)
+    signal.signal(signal.SIGINT, before)
+    assert (summary.stopped, summary.sent, summary.not_sent) == (True, 2, 2)
+    assert summary.outcomes == {"ok": 1, "cut": 1}
 
 
 @pytest.mark.slow
