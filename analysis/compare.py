@@ -6,7 +6,6 @@ out. Each side may be several runs; a request then counts once for each of them.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokentape.analysis import display, statistics
+from tokentape.analysis import comparable, display, gates, statistics
+from tokentape.analysis.comparable import Length, column
 from tokentape.analysis.session import Session
 from tokentape.traces.errors import UsageError
 
@@ -22,15 +22,14 @@ METRICS = ("ttft", "ttft_arrival", "tpot", "e2e")
 STATS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 GROUPS = {"prompt tokens up to": "bucket", "model": "model", "turn": "turn"}
 _MOST_GROUPS = 12  # of one kind; the largest are shown
-_LIMIT = r"\s*>\s*\+?(\d+(?:\.\d+)?)%"
-_GATE = re.compile(rf"(\w+)_(p50|p90|p99){_LIMIT}|(failed){_LIMIT}")
-GATE_FORM = "METRIC_STAT>+N%, such as ttft_p99>+5%, or failed>+1%"
+GATES = (*(f"{metric}_{stat}" for metric in METRICS for stat in STATS), "failed")
 
 _ROWS = """
 SELECT
   run,
   coalesce(source_request_id, request_id)::VARCHAR || '/' || coalesce(copy_index, 0) AS key,
   arrival_ns - min(arrival_ns) OVER (PARTITION BY run) AS at_ns,
+  outcome,
   outcome IS NOT DISTINCT FROM 'ok' AS ok,
   coalesce(model, 'unknown') AS model,
   coalesce(pow(2, ceil(log2(greatest(input_tokens, 1))))::BIGINT::VARCHAR, 'unknown') AS bucket,
@@ -86,6 +85,9 @@ class Comparison:
     pairs: int
     unpaired: dict[str, int]
     failed: dict[str, float]
+    outcomes: dict[str, dict[str, int]]
+    failed_on_one_side: dict[str, int]
+    lengths: list[Length]
     effects: list[Effect]
     warnings: list[str]
 
@@ -93,6 +95,19 @@ class Comparison:
         """Everything, for JSON."""
         effects = [asdict(e) | {"word": e.word} for e in self.effects]
         return asdict(self) | {"effects": effects}
+
+    def facts(self) -> list[str]:
+        """What changed beside the latencies, one line each: outcomes, then lengths."""
+        failed = ", ".join(f"{side} {share:.2%}" for side, share in self.failed.items())
+        lines = [f"{self.pairs:,} requests in both; failed: {failed}"]
+        if any(set(found) != {"ok"} for found in self.outcomes.values()):
+            told = "; ".join(
+                f"{side} {', '.join(f'{name} {n:,}' for name, n in found.items())}"
+                for side, found in self.outcomes.items()
+            )
+            one = ", ".join(f"{side} {n:,}" for side, n in self.failed_on_one_side.items())
+            lines += [f"outcomes: {told}", f"failed on one side: {one}"]
+        return lines + [length.line() for length in self.lengths if length.n]
 
     def text(self, width: int = 100) -> str:
         """Tables for a terminal; groups only where their change is clear."""
@@ -104,18 +119,17 @@ class Comparison:
                 e.word,
                 display.duration(e.a),
                 display.duration(e.b),
-                _percent(e.change),
-                _span(e),
+                percent(e.change),
+                span(e),
                 display.count(e.n),
             ]
             for e in shown
         ]
         head = ["group", "metric", "B is", "A", "B", "change", "95 %", "n"]
-        failed = ", ".join(f"{side} {share:.2%}" for side, share in self.failed.items())
         lines = [
             f"A: {', '.join(self.a)}",
             f"B: {', '.join(self.b)}",
-            f"{self.pairs:,} requests in both; failed: {failed}",
+            *self.facts(),
             *(f"! {warning}" for warning in self.warnings),
             "",
             *display.table(head, rows, width, texts=3),
@@ -136,7 +150,7 @@ def compare(session: Session, a: Sequence[str], b: Sequence[str]) -> Comparison:
         )
     paired = np.isin(keys, both)
     masks = {side: mask & paired for side, mask in sides.items()}
-    ok = _column(rows, "ok")
+    ok = column(rows, "ok")
     effects = [
         effect
         for group, member in _members(rows, masks["A"] | masks["B"])
@@ -149,22 +163,19 @@ def compare(session: Session, a: Sequence[str], b: Sequence[str]) -> Comparison:
         pairs=len(both),
         unpaired={side: int((mask & ~paired).sum()) for side, mask in sides.items()},
         failed={side: float(1 - ok[mask].mean()) for side, mask in masks.items()},
+        outcomes=comparable.outcomes(rows, masks),
+        failed_on_one_side=comparable.failed_on_one_side(keys, ok, masks),
+        lengths=comparable.lengths(rows, keys, masks),
         effects=effects,
-        warnings=_warnings(session, rows, sides, masks),
+        warnings=comparable.warnings(session, rows, {"A": a, "B": b}, sides, masks),
     )
-
-
-def _column(rows: pa.Table, name: str) -> statistics.Floats:
-    """A column as floats, NULL as NaN."""
-    found: statistics.Floats = rows[name].cast(pa.float64()).to_numpy()
-    return found
 
 
 def _members(rows: pa.Table, used: Any) -> list[tuple[str, Any]]:
     """(name, mask) of all requests, and of the largest groups where there are several."""
     found: list[tuple[str, Any]] = [("all", used)]
-    for kind, column in GROUPS.items():
-        values = np.asarray(rows[column].to_pylist(), dtype=object)
+    for kind, named in GROUPS.items():
+        values = np.asarray(rows[named].to_pylist(), dtype=object)
         names, sizes = np.unique(values[used].astype(str), return_counts=True)
         if len(names) > 1:
             largest = names[np.argsort(-sizes, kind="stable")][:_MOST_GROUPS]
@@ -176,7 +187,7 @@ def _effects(
     rows: pa.Table, keys: Any, masks: dict[str, Any], member: Any, group: str, metric: str
 ) -> list[Effect]:
     """The effect on each statistic, over the requests of a group that both sides have."""
-    values, at_ns, weights = (_column(rows, c) for c in (metric, "at_ns", "weight"))
+    values, at_ns, weights = (column(rows, c) for c in (metric, "at_ns", "weight"))
     known = np.isfinite(values) & member
     both = np.intersect1d(keys[masks["A"] & known], keys[masks["B"] & known])
     at_of = dict(zip(keys[masks["A"]], at_ns[masks["A"]], strict=True))
@@ -212,78 +223,41 @@ def _effects(
     return found
 
 
-def _warnings(
-    session: Session, rows: pa.Table, sides: dict[str, Any], masks: dict[str, Any]
-) -> list[str]:
-    """Why a difference may not be the candidate's doing."""
-    found = []
-    for label, tape in zip(session.labels, session.tapes, strict=True):
-        level = (tape.facts.get("verdict") or {}).get("level", "valid")
-        if level != "valid":
-            found.append(f"the run {label} is {level}; see report {label}")
-    for side, mask in sides.items():
-        alone = int(mask.sum() - masks[side].sum())
-        if alone > 0.01 * mask.sum():
-            found.append(f"{alone:,} of {int(mask.sum()):,} requests of {side} have no pair")
-    cached, prompt, output = (
-        _column(rows, c) for c in ("cached_tokens", "input_tokens", "output_tokens")
-    )
-    shares = {s: np.nansum(cached[m]) / max(np.nansum(prompt[m]), 1) for s, m in masks.items()}
-    if abs(shares["A"] - shares["B"]) > 0.05:
-        told = ", ".join(f"{side} {share:.1%}" for side, share in shares.items())
-        found.append(f"prompt tokens from the cache differ: {told}")
-    for what, column in (("input", prompt), ("output", output)):
-        known = {s: column[m][np.isfinite(column[m])] for s, m in masks.items()}
-        means = {s: float(values.mean()) for s, values in known.items() if len(values)}
-        if len(means) == 2 and abs(means["B"] - means["A"]) > 0.01 * means["A"]:
-            told = ", ".join(f"{side} {display.figure(mean)}" for side, mean in means.items())
-            found.append(f"mean {what} tokens differ: {told}")
-    return found + _answers([tape.facts.get("sentinels") for tape in session.tapes])
-
-
-def _answers(told: list[dict[str, Any] | None]) -> list[str]:
-    """Whether the candidates answered the same fixed questions alike, where they were asked."""
-    asked = [t for t in told if t]
-    if len(asked) < 2 or len({t["version"] for t in asked}) > 1:
-        return []
-    digests = [[answer["digest"] for answer in t["before"]] for t in asked]
-    differ = sum(len(set(answers)) > 1 for answers in zip(*digests, strict=False))
-    if not differ:
-        return []
-    what = "other arithmetic, another model or a broken one"
-    return [f"{differ} of {len(digests[0])} sentinels were answered differently: {what}"]
-
-
-def judge(found: Comparison, gates: Sequence[str]) -> dict[str, str | None]:
+def judge(found: Comparison, texts: Sequence[str]) -> dict[str, str | None]:
     """Why each gate fails, or None: it fails on a change beyond its limit that is clearly not zero.
 
     A gate on too few pairs fails too: nothing was shown. UsageError where a gate cannot be read.
     """
-    return {gate: _judge(found, gate) for gate in gates}
+    return {text: _judge(found, gates.parse(text, GATES)) for text in texts}
 
 
-def _judge(found: Comparison, gate: str) -> str | None:
-    match = _GATE.fullmatch(gate.strip())
-    if not match or (match[1] and match[1] not in METRICS):
-        raise UsageError(f"--fail-if {gate}: need {GATE_FORM}; METRIC of {', '.join(METRICS)}")
-    if match[4]:
+def _judge(found: Comparison, gate: gates.Gate) -> str | None:
+    if gate.name == "failed":
+        if gate.is_time:
+            raise UsageError(f"--fail-if {gate.text}: failed is a part of requests: failed>+1%")
         more = found.failed["B"] - found.failed["A"]
-        return f"{gate}: {more:+.2%} of requests" if more > float(match[5]) / 100 else None
-    [effect] = [
-        e for e in found.effects if (e.group, e.metric, e.stat) == ("all", match[1], match[2])
-    ]
-    if effect.change is None or effect.lo is None:
-        return f"{gate}: too few pairs (n={effect.n})"
-    if effect.change > float(match[3]) / 100 and effect.lo > 0:
-        return f"{gate}: {_percent(effect.change)}, 95 % {_span(effect)}"
+        return f"{gate.text}: {more:+.2%} of requests" if gate.beyond(more) else None
+    metric, _, stat = gate.name.rpartition("_")
+    [effect] = [e for e in found.effects if (e.group, e.metric, e.stat) == ("all", metric, stat)]
+    if effect.a is None or effect.b is None:
+        return f"{gate.text}: too few pairs (n={effect.n})"
+    if gate.own:
+        failed = gate.beyond(effect.b)
+        return f"{gate.text}: {display.duration(effect.b)}" if failed else None
+    if effect.change is None or effect.lo is None or effect.hi is None:
+        return f"{gate.text}: too few pairs (n={effect.n})"
+    change = effect.b - effect.a if gate.is_time else effect.change
+    if gate.beyond(change) and gate.clear(effect.lo, effect.hi):
+        told = display.duration(change) if gate.is_time else percent(effect.change)
+        return f"{gate.text}: {told}, 95 % {span(effect)}"
     return None
 
 
-def _percent(change: float | None) -> str:
+def percent(change: float | None) -> str:
     return display.NOTHING if change is None else f"{100 * change:+.1f} %"
 
 
-def _span(effect: Effect) -> str:
+def span(effect: Effect) -> str:
     if effect.lo is None or effect.hi is None:
         return display.TOO_FEW
     return f"{100 * effect.lo:+.1f} .. {100 * effect.hi:+.1f} %"

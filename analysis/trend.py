@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tokentape.analysis import display, statistics
+from tokentape.analysis import display, gates, statistics
 from tokentape.analysis.session import Session
 from tokentape.traces.errors import UsageError
 
@@ -23,6 +23,8 @@ STATS = {"p50": 0.5, "p99": 0.99}
 LEAST_RUNS = 10  # 5 against 5: 1 of 126 ways
 LEAST_SIDE = 3
 CHANCE = 1 / 100
+LEAST_HISTORY = 5  # runs before the last, for a gate
+GATES = (*(f"{metric}_{stat}" for metric in METRICS for stat in STATS), "output_tokens_per_s_mean")
 _ORDERS = 2000
 _SEED = 20261127
 
@@ -215,3 +217,44 @@ def _change(at: str, old: Any, new: Any, chance: float) -> Change:
 
 def _span(change: Change) -> str:
     return f"{100 * change.lo:+.1f} .. {100 * change.hi:+.1f} %"
+
+
+def judge(found: Trend, texts: Sequence[str]) -> dict[str, str | None]:
+    """Why the latest run fails each gate, or None; UsageError where a gate cannot be read.
+
+    It fails with a change beyond the limit that lies outside the interval in which one more run of
+    the history is expected (95 %, Student's t on a log scale). The history is the runs before it,
+    from the last change point on. One that is too short to tell fails too: nothing was shown.
+    """
+    return {text: _judge(found, gates.parse(text, GATES)) for text in texts}
+
+
+def _judge(found: Trend, gate: gates.Gate) -> str | None:
+    [series] = [s for s in found.series if f"{s.metric}_{s.stat}" == gate.name]
+    if gate.is_time and series.unit != "ns":
+        raise UsageError(f"--fail-if {gate.text}: {series.metric} is no time: use %")
+    value = series.values[-1]
+    if not value or value <= 0:
+        return f"{gate.text}: {display.TOO_FEW} samples in {found.runs[-1]}"
+    if gate.own:
+        return f"{gate.text}: {display.duration(value)}" if gate.beyond(value) else None
+    logs = _history(found.runs[:-1], series.values[:-1])
+    if len(logs) < LEAST_HISTORY:
+        return f"{gate.text}: too few runs before {found.runs[-1]} (n={len(logs)})"
+    usual = math.exp(float(logs.mean()))
+    reach = statistics.student(len(logs) - 1) * float(logs.std(ddof=1))
+    reach *= math.sqrt(1 + 1 / len(logs))
+    lo, hi = (value / usual * math.exp(end) - 1 for end in (-reach, reach))
+    change = value - usual if gate.is_time else value / usual - 1
+    if gate.beyond(change) and gate.clear(lo, hi):
+        more = f"{100 * (value / usual - 1):+.1f} %"
+        told = f"{more} over {len(logs)} runs, 95 % {100 * lo:+.1f} .. {100 * hi:+.1f} %"
+        return f"{gate.text}: {told}"
+    return None
+
+
+def _history(runs: Sequence[str], values: Sequence[float | None]) -> Any:
+    """Logs of the values since the last change point."""
+    found = changes(runs, values)
+    begin = runs.index(found[-1].at) if found else 0
+    return np.array([math.log(v) for v in values[begin:] if v and v > 0])

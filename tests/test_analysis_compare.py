@@ -1,5 +1,6 @@
 """compare: pairs, effects that were put in, warnings and gates."""
 
+import re
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 from rows import MS, make_tape, streamed_row
 from tokentape import cli
 from tokentape.analysis import compare as analysis
-from tokentape.analysis import verdicts
+from tokentape.analysis import comparison_page, verdicts
 from tokentape.analysis.session import connect
 from tokentape.traces.errors import UsageError
 
 N = 1500
 SEED = 3
+IDS = [streamed_row(i)["request_id"] for i in range(N)]
 
 
 def run_tape(
@@ -41,13 +43,14 @@ def run_tape(
             row |= {"source_request_id": ids[i], "copy_index": 0, "request_id": None}
             row["request_id"] = streamed_row(i)["request_id"]
         rows.append(row)
-    return make_tape(path, rows, role="replay" if source else "capture", **facts)
+    known: Any = {"verdict": {"level": "valid", "reasons": []}} if source else {}
+    return make_tape(path, rows, role="replay" if source else "capture", **(known | facts))
 
 
 @pytest.fixture(scope="module")
 def tapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("compare")
-    ids = [streamed_row(i)["request_id"] for i in range(N)]
+    ids = IDS
     source = run_tape(folder / "source", None, ids)
     invalid: Any = {"verdict": {"level": "invalid", "reasons": ["late"]}}
     return {
@@ -165,3 +168,85 @@ def test_the_exit_code_says_whether_the_gates_were_met(
     assert left.value.code == code
     assert (tmp_path / "j.xml").exists() == (tmp_path / "s.md").exists() == (code != 2)
     assert ("compare: ttft_p50>+5%" in capfd.readouterr().err) == (code == 3)
+
+
+def test_gates_on_times_are_of_the_change_with_a_sign_and_of_the_value_without(
+    tapes: dict[str, Path],
+) -> None:
+    found = compared(tapes, ["source"], ["slower"])
+    new = effect(found, "ttft", "p50")
+    assert new.a is not None and new.b is not None
+    more, value = (new.b - new.a) / 1e6, new.b / 1e6
+    told = {f"ttft_p50>+{more * 0.9:.2f}ms": True, f"ttft_p50>+{more * 1.1:.2f}ms": False}
+    told |= {f"ttft_p50>{value * 0.9:.2f}ms": True, f"ttft_p50>{value * 1.1:.2f}ms": False}
+    told |= {f"ttft_p50<{value * 1.1:.2f}ms": True, "ttft_p50<-1%": False, "ttft_p50<+99%": False}
+    gates = analysis.judge(found, list(told))
+    assert {gate: why is not None for gate, why in gates.items()} == told
+    with pytest.raises(UsageError, match="part of requests"):
+        analysis.judge(found, ["failed>5ms"])
+
+
+def test_outcomes_and_lengths_that_changed_are_counted(tmp_path: Path) -> None:
+    rows = [streamed_row(i, 3) | {"input_tokens": 10, "output_tokens": 3} for i in range(50)]
+    copies = [
+        streamed_row(i, 3)
+        | {"source_request_id": row["request_id"], "input_tokens": 10, "output_tokens": 3 + i % 2}
+        | {"outcome": "timeout" if i < 5 else "ok"}
+        for i, row in enumerate(rows)
+    ]
+    pair = {"a": make_tape(tmp_path / "a", rows), "b": make_tape(tmp_path / "b", copies, "replay")}
+    found = compared(pair, ["a"], ["b"])
+    assert found.outcomes == {"A": {"ok": 50}, "B": {"ok": 45, "timeout": 5}}
+    assert found.failed_on_one_side == {"A": 0, "B": 5}
+    assert [(x.what, x.a, x.b, x.changed, x.n) for x in found.lengths] == [
+        ("input", 10.0, 10.0, 0, 50),
+        ("output", 3.0, 3.5, 25, 50),
+    ]
+    assert "failed on one side: A 0, B 5" in found.text()
+    assert "mean output tokens differ: A 3.00, B 3.50" in found.warnings
+
+
+def test_what_makes_runs_incomparable_is_said(tapes: dict[str, Path], tmp_path: Path) -> None:
+    odd: Any = {
+        "verdict": None,
+        "options": {"speed": "2", "turns": "think"},
+        "candidate": {"given": {"gpu": "H200"}},
+    }
+    mine = tapes | {"odd": run_tape(tmp_path / "odd", tapes["source"], IDS, **odd)}
+    assert compared(mine, ["same"], ["odd"]).warnings == [
+        "the run odd has no verdict: it did not end, or another tool made it",
+        "the load differs, speed: A 1, B 2",
+        "the load differs, turns: A as recorded, B think",
+        "not known of A, but of B: gpu (--fact)",
+    ]
+
+
+def test_the_page_is_one_file_with_every_interval_drawn(tapes: dict[str, Path]) -> None:
+    found = compared(tapes, ["source"], ["slower"])
+    page = comparison_page.page(found, analysis.judge(found, ["ttft_p50>+5%"]))
+    assert not re.search(r"(src|href)=|https?:|<script|@import|url\(", page)
+    root = ET.fromstring(page.replace("<!doctype html>", "").replace('<meta charset="utf-8">', ""))
+    rows = root.findall(".//tbody/tr")
+    assert len(rows) == len(found.effects)
+    drawn = [row.find(".//svg") is not None for row in rows]
+    assert drawn == [e.lo is not None and e.change is not None for e in found.effects]
+    [higher] = [r for r in rows if "".join(r.itertext()).startswith("allttft p50")]
+    assert higher.get("class") == "higher" and "❌" in page
+
+
+def test_a_page_that_exists_is_not_replaced_unless_forced(
+    tapes: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "page.html"
+    file.write_text("mine")
+    args = ["tokentape", "compare", str(tapes["source"]), str(tapes["same"]), "--html", str(file)]
+    for more, code in (([], 1), (["--force"], 0)):
+        monkeypatch.setattr(sys, "argv", [*args, *more])
+        with pytest.raises(SystemExit) as left:
+            cli.run()
+        assert left.value.code == code
+        assert (file.read_text() == "mine") == bool(code)
+    assert "exists; --force" in capfd.readouterr().err

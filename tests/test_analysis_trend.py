@@ -7,7 +7,7 @@ import pytest
 
 from rows import MS, make_tape, streamed_row
 from tokentape.analysis.session import connect
-from tokentape.analysis.trend import CHANCE, LEAST_RUNS, changes, trend
+from tokentape.analysis.trend import CHANCE, LEAST_RUNS, Series, Trend, changes, judge, trend
 from tokentape.traces.errors import UsageError
 
 RUNS = [f"r{i:02}" for i in range(24)]
@@ -71,3 +71,33 @@ def test_one_run_has_no_trend(tmp_path: Path) -> None:
         pytest.raises(UsageError, match="two runs or more"),
     ):
         trend(session)
+
+
+def told(values: list[float | None], unit: str = "ns") -> Trend:
+    runs = RUNS[: len(values)]
+    ends: list[tuple[float | None, float | None]] = [(None, None)] * len(values)
+    return Trend(runs, [Series("ttft", "p99", unit, values, ends, [], len(values))])
+
+
+def test_a_gate_fails_on_what_the_history_does_not_let_expect() -> None:
+    usual = noisy([100e6] * 9)
+    assert judge(told([*usual, 101e6]), ["ttft_p99>+0%"]) == {"ttft_p99>+0%": None}  # its noise
+    gates = ["ttft_p99>+5%", "ttft_p99>+50%", "ttft_p99>+10ms", "ttft_p99>200ms", "ttft_p99<90ms"]
+    found = judge(told([*usual, 120e6]), gates)
+    assert [why is not None for why in found.values()] == [True, False, True, False, False]
+    assert "over 9 runs, 95 % +" in str(found["ttft_p99>+5%"])
+
+
+def test_the_history_of_a_gate_begins_at_the_last_change() -> None:
+    values = noisy([100e6] * 8 + [150e6] * 8)
+    assert judge(told([*values, 150e6]), ["ttft_p99>+5%"]) == {"ttft_p99>+5%": None}
+    assert judge(told([*values, 100e6]), ["ttft_p99<-5%"])["ttft_p99<-5%"] is not None
+
+
+def test_a_history_too_short_to_tell_fails_a_gate() -> None:
+    [why] = judge(told([100e6] * 5), ["ttft_p99>+5%"]).values()
+    assert why == "ttft_p99>+5%: too few runs before r04 (n=4)"
+    [why] = judge(told([*noisy([100e6] * 9), None]), ["ttft_p99>+5%"]).values()
+    assert why == "ttft_p99>+5%: too few samples in r09"
+    with pytest.raises(UsageError, match="need METRIC_STAT"):
+        judge(told([100e6] * 5), ["ttft_p90>+5%"])

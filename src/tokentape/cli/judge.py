@@ -8,7 +8,7 @@ import typer
 from tokentape.cli.output import print_json, print_lines
 from tokentape.cli.read import REPORT_COLUMNS, Tapes, opened
 from tokentape.cli.record import Json
-from tokentape.traces.errors import GateNotMet
+from tokentape.traces.errors import GateNotMet, TapeError
 
 
 def compare(
@@ -17,8 +17,14 @@ def compare(
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
-            "--fail-if", metavar="GATE", help="Exit 3 if so: ttft_p99>+5%, failed>+1%. Repeatable."
+            "--fail-if",
+            metavar="GATE",
+            help="Exit 3 if so: ttft_p99>+5%, ttft_p99>+20ms (changes), ttft_p99>500ms (B itself), "
+            "failed>+1%. Repeatable.",
         ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write one HTML file that needs no other.")
     ] = None,
     junit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write JUnit XML too, a case for each gate.")
@@ -27,6 +33,9 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE", help="Append Markdown, as to $GITHUB_STEP_SUMMARY."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the files of --html and --junit.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Say what changed from run A to run B, request by request.
@@ -35,15 +44,20 @@ def compare(
     has a 95 % interval from a block bootstrap over time; a gate fails only on a clear change.
     """
     from tokentape.analysis import compare as analysis
-    from tokentape.analysis import verdicts
+    from tokentape.analysis import comparison_page, verdicts
     from tokentape.analysis.session import connect
 
+    for file in (html, junit):
+        if file is not None and file.exists() and not force:
+            raise TapeError(f"{file}: exists; --force replaces it, or choose another name")
     first, second = opened([a], skip_damaged=False), opened([b], skip_damaged=False)
     with connect([*first, *second]) as session:
         labels = session.labels
         found = analysis.compare(session, labels[: len(first)], labels[len(first) :])
     gates = analysis.judge(found, fail_if or [])
     failures = [why for why in gates.values() if why is not None]
+    if html is not None:
+        html.write_text(comparison_page.page(found, gates), encoding="utf-8")
     if junit is not None:
         junit.write_text(verdicts.junit(found, gates), encoding="utf-8")
     if summary is not None:
@@ -85,21 +99,34 @@ def tails(
 
 def trend(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, in any order.")],
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-if",
+            metavar="GATE",
+            help="Exit 3 if the latest run is so against those before: ttft_p99>+5%. Repeatable.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say how metrics went over many runs, and from which run on they changed.
 
-    Runs are put in the order in which they were made. Ten are the fewest that can show a change.
+    Runs are put in the order in which they were made. Ten are the fewest that can show a change. A
+    gate asks whether the latest run lies outside what those before it, five or more, let expect.
     """
     from tokentape.analysis import trend as analysis
     from tokentape.analysis.session import connect
 
     with connect(opened(runs, skip_damaged=False)) as session:
         found = analysis.trend(session)
+    gates = analysis.judge(found, fail_if or [])
+    failures = [why for why in gates.values() if why is not None]
     if json:
-        print_json(found.as_dict())
+        print_json(found.as_dict() | {"failed_gates": failures})
     else:
         print_lines([found.text(REPORT_COLUMNS).rstrip("\n")])
+    if failures:
+        raise GateNotMet(f"trend: {'; '.join(failures)}")
 
 
 def fidelity(
