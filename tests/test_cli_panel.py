@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from replay_server import engine_like, serve
+from tokentape.cli.drive import standing
 from tokentape.cli.panel import drawn
 from tokentape.replay import progress, verdict
 from tokentape.replay.progress import Progress, added
@@ -64,6 +65,21 @@ def test_a_run_without_trouble_is_said_to_have_none() -> None:
     assert "nothing speaks against this run" in text and "all sent" not in text
     assert "all sent" in text_of(state(elapsed_s=80.0))
     assert verdict.FAILED_SHARE[0] == progress.FAILED_SHARE
+
+
+def test_what_a_predecessor_moved_is_told_beside_our_own_lateness_and_is_no_fault_of_ours() -> None:
+    moved = state(moved=70, most_moved_s=2.25)
+    assert "70 moved by a predecessor, by 2.2 s at most" in text_of(moved)
+    assert "moved by a predecessor" in standing(moved)
+    assert "moved" not in text_of(state()) + standing(state())
+    assert not any("late" in doubt for doubt in moved.doubts())
+    both = added([moved, state(moved=5, most_moved_s=9.0)])
+    assert (both.moved, both.most_moved_s) == (75, 9.0)
+
+
+def test_a_reply_that_was_left_as_its_client_left_it_is_no_failure() -> None:
+    left = {'tokentape_requests_total{"outcome": "client_abort"}': 50.0}
+    assert "client_abort" not in text_of(state(served=SERVED | left))
 
 
 def test_a_quantile_is_the_bound_of_its_bucket() -> None:

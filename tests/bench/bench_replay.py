@@ -1,13 +1,15 @@
 """Errors of a replay, by a server that knows the truth: event arrivals and the schedule.
 
     python tests/bench/bench_replay.py REFSERVER_DIR [--rates 100,200,500] [--seconds 8]
-        [--tokens 50] [--gap-ms 20] [--step] [--burst 0] [--stall-ms 0] [--precise] [--runs 1]
+        [--tokens 50] [--gap-ms 20] [--step] [--burst 0] [--think-ms T] [--stall-ms 0] [--precise]
+        [--runs 1]
         [--control] [--first] [--metrics-url URL]
 
 REFSERVER_DIR holds `refserver` (built) and its `truth.py`. Every rate is one whole replay: a
 synthetic tape, plan, run, tape, verdict; the errors are read from the run's tape. The server has
 core 0, the client core 1. `--step` makes all streams of the server step together; `--burst N` sends
-N requests at the first instant; `--stall-ms` blocks the replay's own event loop for so long twice a
+N requests at the first instant; `--think-ms` makes each request wait for the one a second before
+it, and so long after its end; `--stall-ms` blocks the replay's own event loop for so long twice a
 second; `--control` runs the server's naive client in the same minute; `--first` gives server and
 clients (not the tape's writer) real-time priority, where that is allowed; `--metrics-url` samples
 that page meanwhile. All errors in us. Trust a
@@ -61,14 +63,23 @@ class TaggedPlan(Plan):
         return dataclasses.replace(out, headers=out.headers | {"x-tag": str(number)})
 
 
-def synthetic_tape(path: Path, rate: int, seconds: float, tokens: int, burst: int) -> Path:
-    """Constant rate, one length; before that as many at once as `burst` says."""
+def synthetic_tape(
+    path: Path, rate: int, seconds: float, tokens: int, burst: int, think_ms: float | None = None
+) -> Path:
+    """Constant rate, one length; before that as many at once as `burst` says.
+
+    think_ms: each request waits for the one a second before it, and so long after its end.
+    """
     writer = TapeWriter.create(path, role="import", command=[], options={}, facts={})
     for number in range(burst + int(rate * seconds)):
         at_ns = max(0, number - burst) * NS_PER_S // rate
         row = {"request_id": number.to_bytes(16), "arrival_ns": at_ns}
         counts = {"input_tokens": PROMPT_TOKENS, "output_tokens": tokens}
-        writer.append(row | counts | {"outcome": "ok"})
+        turn: dict[str, Any] = {}
+        if think_ms is not None and number >= burst + rate:
+            turn["parents"] = [(number - rate).to_bytes(16)]
+            turn["think_ns"] = int(think_ms * 1e6)
+        writer.append(row | counts | turn | {"outcome": "ok"})
     writer.close()
     return path
 
@@ -138,7 +149,8 @@ def stalling(seconds: float) -> Callable[[Progress], None]:
 
 
 def replay_once(args: argparse.Namespace, truth: ModuleType, folder: Path, rate: int) -> str:
-    source = synthetic_tape(folder / f"source-{rate}", rate, args.seconds, args.tokens, args.burst)
+    path = folder / f"source-{rate}"
+    source = synthetic_tape(path, rate, args.seconds, args.tokens, args.burst, args.think_ms)
     options = ReplayOptions(source=source, to=URL, tape=folder / f"run-{rate}", seed=1)
     options.precise = args.precise
     options.telemetry = Sources(tuple(args.metrics_url))
@@ -196,6 +208,7 @@ def main() -> None:
     parser.add_argument("--gap-ms", type=float, default=20)
     parser.add_argument("--step", action="store_true")
     parser.add_argument("--burst", type=int, default=0)
+    parser.add_argument("--think-ms", type=float)
     parser.add_argument("--stall-ms", type=float, default=0)
     parser.add_argument("--precise", action="store_true")
     parser.add_argument("--runs", type=int, default=1)
