@@ -23,6 +23,12 @@ class Asked:
     replica: tuple[int, int] | None = None
     routing: Routing | None = None
 
+    @property
+    def other_requests(self) -> bool:
+        """True when not just the requests of the window are sent, each once."""
+        asked = (self.thin, self.multiply, self.loop_ns, self.loop_passes, self.replica)
+        return any(value is not None for value in asked)
+
     def operators(self, seed: int, speed: Fraction, step_ns: int | None) -> tuple[Operator, ...]:
         """Them, in the order in which they are applied.
 

@@ -41,6 +41,8 @@ class ReplayOptions:
     max_tokens: int | None = None
     timeout_ns: int | None = None  # per request; None waits for ever
     first_byte_timeout_ns: int | None = None  # of a stream's body
+    warm_up: int = 0  # requests before the run
+    prime_cache: bool = False  # send what a cache would hold when the window begins
     sentinels: bool = False  # ask a few fixed questions before and after
     precise: bool = False  # wait for each due time awake: a core is busier, sends are exacter
     include_failed: bool = False
@@ -79,6 +81,8 @@ class ReplayOptions:
             "max_tokens": self.max_tokens,
             "timeout_ns": self.timeout_ns,
             "first_byte_timeout_ns": self.first_byte_timeout_ns,
+            "warm_up": self.warm_up,
+            "prime_cache": self.prime_cache,
             "sentinels": self.sentinels,
             "precise": self.precise,
             "clip": self.clip,
@@ -102,6 +106,11 @@ class ReplayOptions:
             trust(self.ca)
         if self.session_header is not None and not HEADER_NAME.fullmatch(self.session_header):
             raise UsageError("--session-header: a header's name has no spaces and no colon")
+        if self.prime_cache and (not self.window[0] or self.operators.other_requests):
+            raise UsageError(
+                "--prime-cache: is for a --window that begins later than the tape, without "
+                "--thin, --multiply, --loop and --replica"
+            )
         if ours := sorted(self.body.keys() & set(OURS)):
             raise UsageError(f"--body {ours[0]}: that field follows from the tape and the options")
         if self.endpoint not in ("recorded", *ENDPOINTS):

@@ -6,7 +6,6 @@ on the candidate.
 """
 
 import asyncio
-import ipaddress
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from tokentape.replay.ahead import Outgoing
+from tokentape.replay.beforehand import Prefixes
 from tokentape.replay.capacity import STREAM_GAP_S, TOKEN_BYTES, Demand, Fit, Machine
 from tokentape.replay.health import cores
 from tokentape.replay.options import ReplayOptions
@@ -31,6 +31,7 @@ from tokentape.replay.targets import (
     Address,
     Headers,
     Target,
+    is_private,
     unprobed,
 )
 from tokentape.replay.tokenizer_file import TokenizerFile
@@ -41,7 +42,6 @@ from tokentape.traces.reader import open_tape
 # Half of what one core was measured to carry without misreporting (docs/accuracy.md).
 REQUESTS_PER_WORKER, EVENTS_PER_WORKER = 1_000, 25_000
 COARSE_ARRIVALS_NS = 100_000_000  # arrivals stamped no finer than this come in bursts of their own
-LOCAL_NAMES = (".local", ".internal", ".lan", ".home.arpa", ".localhost")  # RFC 6762, 8375; ICANN
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Plan:
     turns: TurnPlan
     of_requests: int = 0  # of all shards
     shapes: Shapes | None = None  # of the load before and after each operator
+    prefixes: Prefixes | None = None  # of prompts, that came before the window
     clipped: int = 0  # requests that were longer than the candidate takes
 
     def __len__(self) -> int:
@@ -159,6 +160,7 @@ class Plan:
             "left_out": {reason: len(rows) for reason, rows in schedule.left_out.items()},
             "too_short_for_template": self._too_short(inputs, index),
             "too_long_for_candidate": self._too_long(inputs, outputs),
+            "prefixes_before": len(self.prefixes) if self.prefixes is not None else None,
             "without_output": int((outputs < 1).sum()),
             "several_choices": int(source.several_choices[index].sum()),
         }
@@ -392,6 +394,10 @@ class Plan:
             if self.options.namespace
             else "  cache: the prompts of every --warm-cache run of this tape and seed"
         )
+        if self.options.warm_up:
+            lines.append(f"  before the run: {self.options.warm_up} requests to warm up")
+        if self.prefixes is not None:
+            lines.append(f"  before the run: {len(self.prefixes)} prefixes to prime the cache")
         for name, form in self.target.forms.items():
             lines.append(f"  prompts on {name}: {form.rung}")
             lines.append(f"  output length on {name}: {form.pinning}")
@@ -443,6 +449,7 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
         schedule = schedule.part(shard == options.shard.index, offered.duration_ns)
         if not len(schedule.due_ns):
             raise UsageError(f"--shard {options.shard}: has none of the plan's {whole} requests")
+    prefixes = Prefixes.of(source, offered, schedule) if options.prime_cache else None
     del offered  # what is long is not kept
     if not len(schedule.due_ns):
         why = ", ".join(f"{len(v)} {name}" for name, v in schedule.left_out.items())
@@ -470,21 +477,10 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
             )
         )
     made = Plan(options, source, schedule, target, tape.facts, not offline, turns, whole, shapes)
+    made.prefixes = prefixes
     if options.clip:
         made.clip()
     return made
-
-
-def is_private(url: str) -> bool:
-    """True for this machine, private networks and names that only a local resolver knows.
-
-    Names are judged by their form and never looked up: an answer could differ at the next moment.
-    """
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_private
-    except ValueError:
-        return "." not in host or host.endswith(LOCAL_NAMES)
 
 
 def _duration(ns: int) -> str:

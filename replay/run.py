@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tokentape.replay import sentinels
+from tokentape.replay import beforehand, sentinels
 from tokentape.replay.crew import Crew, Member
 from tokentape.replay.fidelity import fidelity
 from tokentape.replay.health import cores, return_memory
@@ -72,6 +72,7 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
     run = _by_crew if options.workers > 1 else _alone
     lock_fd = make_ready(options.tape, **_about(plan))
     with os.fdopen(lock_fd):
+        earlier = _beforehand(plan)
         before = sentinels.ask(plan.target) if options.sentinels else []
         with _sampled(options, options.tape, lock_fd):
             sent = run(plan, options.tape, lock_fd, StartAt(options.start_at_unix_ns), progress)
@@ -86,12 +87,14 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
         losses=lost,
         planned_aborts=plan.source.aborts.count(plan.schedule.source_index),
     )
-    for doubt in sentinels.doubts(before, after):
+    for doubt in [*sentinels.doubts(before, after), *(d for s in earlier for d in s.doubts())]:
         verdict.blame("suspect", doubt)
     with suppress(TapeError):  # the source is gone meanwhile
         verdict.figures["fidelity"] = fidelity(tape, options.source).as_dict()
     with tape_facts.changing(options.tape) as facts:
         facts["verdict"] = verdict.as_dict()
+        if earlier:
+            facts["beforehand"] = {s.what: s.as_dict() for s in earlier}
         if options.sentinels:
             facts["sentinels"] = sentinels.as_facts(before, after)
     return RunSummary(
@@ -105,6 +108,16 @@ def run_plan(plan: Plan, progress: Callable[[Progress], None] | None = None) -> 
         outcomes=verdict.figures["outcomes"],  # as recorded: the wire alone takes a 429 for ok
         losses=lost,
     )
+
+
+def _beforehand(plan: Plan) -> list[beforehand.Sent]:
+    """Send what is asked for before the run: no row and no telemetry knows of it."""
+    sent = []
+    if plan.options.warm_up:
+        sent.append(beforehand.warm_up(plan.whole, plan.options.warm_up))
+    if plan.prefixes is not None:
+        sent.append(beforehand.prime(plan.whole, plan.prefixes))
+    return sent
 
 
 @contextmanager

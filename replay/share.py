@@ -16,10 +16,10 @@ from yarl import URL
 from tokentape.replay.aborts import Aborts
 from tokentape.replay.ahead import Outgoing
 from tokentape.replay.apis import APIS, Endpoint, Wanted
-from tokentape.replay.prompts import PromptSource
+from tokentape.replay.prompts import Draws, PromptSource
 from tokentape.replay.rows import Positions, ReadAhead, TapeRows
 from tokentape.replay.schedule import Ints
-from tokentape.replay.targets import Target
+from tokentape.replay.targets import Form, Target
 from tokentape.replay.turns import Waits
 
 _UNQUOTED = "!#$%&'()*+,/:;=?@[]|<>{}^"  # of a session's name in a header: visible ASCII
@@ -86,9 +86,7 @@ class Share:
         """The i-th request, body and all."""
         position, copy = int(self.positions[number]), int(self.copies[number])
         place = position if self.by_row else number
-        asked = endpoint(self.wanted_endpoint, chat=bool(self.chat[place]))
-        model = self.rows.model(position) if self.target.models else None
-        form = self.target.form(asked, model)
+        form = self._form(number)
         input_tokens = int(self.input_tokens[place])
         output_tokens = max(1, int(self.output_tokens[place]))
         stream = bool(self.stream[place])
@@ -97,12 +95,7 @@ class Share:
             most = self.target.max_model_tokens
             asked_tokens = leaving.asked(output_tokens, input_tokens, most)
         request_id = self.rows.request_id(position)
-        units = form.length.units(input_tokens)
-        blocks = self.rows.blocks(position).of_copy(copy)
-        if form.length.per_unit != 1:  # a block is as long as it was in tokens, not in units
-            of_units = max(1, round(blocks.block_tokens / form.length.per_unit))
-            blocks = replace(blocks, block_tokens=of_units)
-        draws = self._prompts.draws(request_id, units, blocks, copy=copy)
+        draws = self._draws(number, form)
         row = self.rows.columns(position, copy) | form.columns(asked_tokens, stream=stream)
         row |= {
             "endpoint": self.target.address.path(form.endpoint),
@@ -118,6 +111,32 @@ class Share:
         by_events = stream and leaving.events > 0
         events, after_ns = (leaving.events, None) if by_events else (0, leaving.after_ns)
         return Outgoing(url, headers, body, row, events, after_ns)
+
+    def beginning(self, number: int, blocks: int) -> Outgoing:
+        """A request for one token, whose prompt is the first blocks of the i-th request's."""
+        form = self._form(number)
+        draws = self._draws(number, form, blocks)
+        body = form.body(draws, 1, stream=False)
+        row = self.rows.columns(int(self.positions[number]), int(self.copies[number]))
+        return Outgoing(self._urls[form.endpoint], self._headers_of(form.endpoint, row), body, row)
+
+    def _form(self, number: int) -> Form:
+        position = int(self.positions[number])
+        chat = bool(self.chat[position if self.by_row else number])
+        model = self.rows.model(position) if self.target.models else None
+        return self.target.form(endpoint(self.wanted_endpoint, chat=chat), model)
+
+    def _draws(self, number: int, form: Form, most_blocks: int | None = None) -> Draws:
+        """Of the i-th prompt, or of no more of its beginning than so many blocks."""
+        position, copy = int(self.positions[number]), int(self.copies[number])
+        units = form.length.units(int(self.input_tokens[position if self.by_row else number]))
+        blocks = self.rows.blocks(position).of_copy(copy)
+        if form.length.per_unit != 1:  # a block is as long as it was in tokens, not in units
+            of_units = max(1, round(blocks.block_tokens / form.length.per_unit))
+            blocks = replace(blocks, block_tokens=of_units)
+        if most_blocks is not None:
+            units = min(units, most_blocks * blocks.block_tokens)
+        return self._prompts.draws(self.rows.request_id(position), units, blocks, copy=copy)
 
     def _headers_of(self, endpoint: Endpoint, row: dict[str, Any]) -> dict[str, str]:
         session_id, headers = row.get("session_id"), self._headers[endpoint]

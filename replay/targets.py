@@ -6,6 +6,7 @@ a tape.
 """
 
 import base64
+import ipaddress
 import json
 import os
 import re
@@ -81,6 +82,7 @@ def _usual(name: str) -> str:
     return "-".join(part.capitalize() for part in name.split("-"))
 
 
+LOCAL_NAMES = (".local", ".internal", ".lan", ".home.arpa", ".localhost")  # RFC 6762, 8375; ICANN
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 
 
@@ -257,6 +259,18 @@ def unprobed(
         for endpoint in endpoints
     }
     return Target(address, headers, model, forms)
+
+
+def is_private(url: str) -> bool:
+    """True for this machine, private networks and names that only a local resolver knows.
+
+    Names are judged by their form and never looked up: an answer could differ at the next moment.
+    """
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return "." not in host or host.endswith(LOCAL_NAMES)
 
 
 def redacted(command: Iterable[str]) -> list[str]:

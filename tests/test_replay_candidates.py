@@ -14,8 +14,8 @@ import typer
 from replay_server import HEAD, LAST, Seen, Step, chunk, engine_like, event, plain, serve, streamed
 from tokentape.cli.drive import ask_about
 from tokentape.replay.options import ReplayOptions
-from tokentape.replay.plan import is_private
 from tokentape.replay.run import make_plan, run_plan
+from tokentape.replay.targets import is_private
 from tokentape.replay.verdict import _refusal_lines
 from tokentape.traces.reader import open_tape
 from tokentape.traces.retry_after import retry_after_s

@@ -78,16 +78,20 @@ def hit_rate(url: str, source: Path, run: Path, **options: Any) -> float:
     return float(hits / queries)
 
 
-def ideal(rows: list[dict[str, Any]]) -> float:
-    """Share of the prompt tokens that a cache of BLOCK tokens finds if it forgets nothing."""
+def ideal(rows: list[dict[str, Any]], of: list[bool] | None = None) -> float:
+    """Share of the prompt tokens (`of` some rows) that a cache of BLOCK tokens finds.
+
+    It forgets nothing.
+    """
     seen: set[int] = set()
-    hits = 0
-    for row in rows:
+    hits = tokens = 0
+    for row, counts in zip(rows, of or [True] * len(rows), strict=True):
         ids = row["hash_ids"]
         known = next((k for k, name in enumerate(ids) if name not in seen), len(ids))
         seen.update(ids)
-        hits += min(512 * known, row["input_length"] - 1) // BLOCK * BLOCK
-    return float(hits / sum(row["input_length"] for row in rows))
+        hits += counts * (min(512 * known, row["input_length"] - 1) // BLOCK * BLOCK)
+        tokens += counts * row["input_length"]
+    return float(hits / tokens)
 
 
 def tape_of(rows: list[dict[str, Any]], folder: Path) -> Path:
@@ -118,6 +122,36 @@ def test_a_cache_that_forgets_nothing_finds_what_a_slice_shares_and_no_more_of_t
     assert ideal(rows) > 0.4  # they share a lot
     assert once == pytest.approx(ideal(rows), abs=0.01)
     assert twice == pytest.approx(ideal(rows), abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_window_has_the_hits_of_its_history_where_the_cache_is_primed_and_run_2_those_of_run_1(
+    tmp_path: Path,
+) -> None:
+    short = [r for r in trace() if r["input_length"] < 3000 and len(r["hash_ids"]) > 1]
+    families = Counter(r["hash_ids"][1] for r in short)
+    rows = [r | {"output_length": 3} for r in short if families[r["hash_ids"][1]] > 1][:60]
+    begins = next(r["timestamp"] for r in rows[30:] if r["timestamp"] > rows[29]["timestamp"])
+    source = tape_of(rows, tmp_path)
+    window = ((begins - rows[0]["timestamp"]) * 1_000_000, None)
+
+    def hits(name: str, *, prime_cache: bool) -> float:
+        to: Any = {"to": url, "tape": tmp_path / name, "speed": Fraction(200)}
+        wanted = ReplayOptions(source=source, window=window, prime_cache=prime_cache, **to)
+        run_plan(make_plan(wanted))
+        run = open_tape(tmp_path / name).read(["cached_tokens", "input_tokens"])
+        return float(sum(run["cached_tokens"].to_pylist()) / sum(run["input_tokens"].to_pylist()))
+
+    with candidate(1_000_000) as url:
+        cold, again = (hits(f"cold {n}", prime_cache=False) for n in range(2))
+        primed, again_primed = (hits(f"primed {n}", prime_cache=True) for n in range(2))
+    inside = [r["timestamp"] >= begins for r in rows]
+    with_history = ideal(rows, inside)
+    without = ideal([r for r, kept in zip(rows, inside, strict=True) if kept])
+    assert with_history > without + 0.05  # there is something to prime
+    assert (cold, again) == pytest.approx((without, without), abs=0.01)
+    assert (primed, again_primed) == pytest.approx((with_history, with_history), abs=0.01)
 
 
 @pytest.mark.slow

@@ -135,6 +135,16 @@ def replay(
     clip: Annotated[
         bool, typer.Option("--clip", help="Cut prompts that are longer than the candidate takes.")
     ] = False,
+    warm_up: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Requests to send before the run, apart from it."),
+    ] = 0,
+    prime_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prime-cache", help="Send the prefixes that a --window shares with what came before."
+        ),
+    ] = False,
     sentinels: Annotated[
         bool,
         typer.Option(
@@ -250,6 +260,8 @@ def replay(
         if first_byte_timeout is not None
         else None,
         clip=clip,
+        warm_up=warm_up,
+        prime_cache=prime_cache,
         sentinels=sentinels,
         precise=precise,
         include_failed=include_failed,
@@ -312,7 +324,7 @@ def ask_about(plan: "Plan") -> None:
 
     Elsewhere nobody could answer: the plan's note says it, and whoever wrote the script meant it.
     """
-    from tokentape.replay.plan import is_private
+    from tokentape.replay.targets import is_private
 
     base = plan.target.address.base
     if not is_private(base) and sys.stdin.isatty() and sys.stderr.isatty():
