@@ -20,6 +20,7 @@ ON_DEMAND = {
     "frontier.frontier",
     "telemetry.counters",
     "telemetry.servers",
+    "telemetry.speculation",
     "telemetry.calibration",
 }
 _ABOUT_ALL = re.compile(r"\bduckdb_|\binformation_schema\b|^\s*(show|describe)\b", re.IGNORECASE)

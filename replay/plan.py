@@ -314,8 +314,8 @@ class Plan:
         figures, found = self.figures, list[str]()
         if figures["too_short_for_template"]:
             found.append(
-                f"{figures['too_short_for_template']} prompts are shorter than the candidate's "
-                "template: sent as short as possible, counted as exceptions"
+                f"{figures['too_short_for_template']} prompts are shorter than the shortest that "
+                "can be sent (template and one token): sent as that, counted as exceptions"
             )
         if self.clipped:
             found.append(

@@ -32,6 +32,10 @@ from tokentape.traces.wire import reply_parser
 
 PROBE_TIMEOUT_S = 60.0  # an engine may compile on its first request
 SHORT, LONG = 8, 40  # units of the two prompts that find the length rule
+# Fields that force a form: vLLM, SGLang, llama.cpp; its guided_ ones are known by their beginning.
+FORCING = frozenset(
+    ("response_format", "structured_outputs", "grammar", "json_schema", "regex", "ebnf")
+)
 FEWEST_WORDS = 32  # that a tokenizer file must know as one token, to write with these alone
 REFUSED = (400, 415, 422, 501)  # the server read the request and does not take it as it is
 
@@ -95,13 +99,18 @@ class Probe:
         self._more = more
         self._tokenizer = tokenizer
         self._writings = _writings(tokenizer, prose=prose)
+        self.notes: list[str] = []
+        if form := forced_form(more):
+            self.notes.append(
+                f"--body {form} forces a form on the output: ignore_eos, which would break it, is "
+                "not asked"
+            )
         self.offered: list[str] = []  # models, where the candidate lists them
         self._owner = ""
         self._address = address
         self._headers = headers
         self._numbers = itertools.count()
         self._prompts = PromptSource(f"probe {monotonic_ns()}", 0)  # never cached by the candidate
-        self.notes: list[str] = []
 
     async def model(self, wanted: str | None) -> tuple[str, int | None]:
         """The model to ask for, else the first offered; the most tokens it takes, where it says."""
@@ -306,12 +315,26 @@ def _found(form: Form, rule: Length, rung: str) -> Form:
     return replace(form, length=rule, rung=rung, counted=True)
 
 
+def forced_form(more: Mapping[str, Any]) -> str | None:
+    """The first further field that makes an engine decode under a grammar; None: there is none."""
+    for name, value in more.items():
+        kind = value.get("type") if isinstance(value, dict) else value
+        forces = name in FORCING or name.startswith("guided_")
+        if forces and value is not None and not (name == "response_format" and kind == "text"):
+            return name
+        if name == "tool_choice" and kind not in (None, "none", "auto"):
+            return name
+    return None
+
+
 def _rungs(
     endpoint: Endpoint, model: str, writings: Iterable[Writing], more: Mapping[str, Any]
 ) -> Iterator[Form]:
     """Forms to try, token ids only where the endpoint may take them."""
     api = APIS[endpoint]
     ladder = LADDER if api.stream_options else tuple(replace(p, limit=api.limit) for p in SHORTER)
+    if forced_form(more):
+        ladder = tuple(dict.fromkeys(replace(p, ignore_eos=False) for p in ladder))
     for writing in writings:
         if isinstance(writing, TokenIds) and api.token_ids is None:
             continue

@@ -57,6 +57,23 @@ def test_load_over_time_adds_up_the_engines_of_a_page(tmp_path: Path) -> None:
         assert found.fetchall() == [(6.0, 1.0, 0.2), (12.0, 2.0, 0.4)]
 
 
+def test_acceptance_of_drafts_is_of_the_run_and_adds_up_engines(tmp_path: Path) -> None:
+    names = ("drafts", "draft_tokens", "accepted_tokens", "accepted_tokens_per_pos")
+    ends = ((100.0, 400.0, 300.0, 9.0), (110.0, 440.0, 310.0, 99.0))
+    samples = [
+        (t * S, f"vllm:spec_decode_num_{name}_total", json.dumps({"engine": engine}), value)
+        for t, values in enumerate(ends)
+        for engine in ("0", "1")
+        for name, value in zip(names, values, strict=True)
+    ]
+    tape = add_samples(make_tape(tmp_path / "t", [streamed_row()]), samples)
+    with connect([tape]) as session:
+        [found] = session.table("FROM speculation").to_pylist()
+    told = (found["drafts"], found["draft_tokens"], found["accepted_tokens"])
+    assert told == (20, 80, 20)
+    assert (found["acceptance"], found["tokens_per_draft"]) == (0.25, 2.0)
+
+
 @pytest.mark.slow
 def test_the_report_puts_estimated_phases_beside_the_servers_histograms(tmp_path: Path) -> None:
     run = simulate(Load(4, 30))

@@ -126,7 +126,15 @@ def test_prompts_are_made_as_long_as_the_candidates_template_leaves_room_for(
     ]
     assert sizes == [22, 1]
     assert plan.shortest_input_tokens == 9
-    assert "1 prompts are shorter than the candidate's template" in plan.text()
+    assert "1 prompts are shorter than the shortest that can be sent" in plan.text()
+
+
+def test_an_empty_prompt_is_sent_as_one_token_and_said(tmp_path: Path) -> None:
+    source = tape(tmp_path / "t", [{"input_tokens": 0}, {"input_tokens": 1}])
+    plan = make_plan(options(source), offline=True)
+    assert [len(json.loads(plan.outgoing(i).body)["prompt"]) for i in range(2)] == [1, 1]
+    assert plan.figures["too_short_for_template"] == 1
+    assert "1 prompts are shorter than the shortest that can be sent" in plan.text()
 
 
 def test_requests_that_the_candidate_cannot_take_are_said_before(tmp_path: Path) -> None:

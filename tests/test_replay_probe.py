@@ -193,6 +193,31 @@ def test_a_tokenizer_file_counts_where_the_candidate_does_not(tmp_path: Path) ->
     assert "by the tokenizer file alone" in form.rung
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "forced"),
+    [
+        ("response_format", {"type": "json_object"}, True),
+        ("response_format", {"type": "text"}, False),
+        ("guided_regex", "[ab]+", True),
+        ("tool_choice", "required", True),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}, True),
+        ("tool_choice", "auto", False),
+        ("priority", 3, False),
+    ],
+)
+def test_an_output_that_is_forced_into_a_form_may_end_where_the_form_does(
+    field: str, value: Any, *, forced: bool
+) -> None:
+    target, server = probe(refusing(), "chat", more={field: value})
+    asked = [s.json for s in server.seen if s.path.endswith("completions")]
+    assert asked and all(a[field] == value for a in asked)
+    assert all(("ignore_eos" in a) is not forced for a in asked)
+    assert target.forms["chat"].pinning == Pinning(ignore_eos=not forced)
+    assert bool(target.notes) is forced
+    if forced:
+        assert f"--body {field} forces a form on the output" in target.notes[0]
+
+
 @pytest.mark.parametrize("content", ["", "{}", None])
 def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path: Path, content: str | None) -> None:
     pytest.importorskip("tokenizers")
