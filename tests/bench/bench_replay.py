@@ -85,12 +85,14 @@ def synthetic_tape(
 
 
 def seen_by_replay(tape: Tape) -> tuple[pa.Table, Any]:
-    """(request, seq, monotonic ns) of every event, and the due instants by row."""
-    table = tape.read(["response_id", "send_ns", "off_us", "arrival_ns"])
+    """(request, seq, monotonic ns) of every event, and the due instants by number in the plan."""
+    table = tape.read(["response_id", "send_ns", "off_us", "arrival_ns", "source_request_id"])
     anchor = tape.segments[0].anchors[0]
     epoch = int(tape.facts["wall_epoch_unix_ns"])
     to_monotonic = epoch + anchor["monotonic_ns"] - anchor["wall_unix_ns"]
-    due = table["arrival_ns"].to_numpy() + to_monotonic
+    numbers = [int.from_bytes(r.bytes) for r in table["source_request_id"].to_pylist()]
+    due = np.empty(len(numbers), dtype=np.int64)
+    due[numbers] = table["arrival_ns"].to_numpy() + to_monotonic  # in a run's own order with turns
     kept = table.filter(pc.is_valid(table["response_id"])).combine_chunks()
     off = kept["off_us"].combine_chunks()
     parent = pc.list_parent_indices(off).to_numpy()
