@@ -29,6 +29,7 @@ LATENCY = (
     "prefill",
     "decode",
 )
+ESTIMATES = ("queue_estimate", "prefill_estimate", "decode_estimate")  # only with phases
 LATENESS = ("send_lag", "schedule_lag")
 RATES = (
     "offered_per_s",
@@ -49,7 +50,7 @@ class Report(ReportRows):
         parts = [
             self._identity(width),
             self._outcomes(width),
-            self._distributions("latency (outcome ok)", LATENCY, width),
+            self._distributions("latency (outcome ok)", self._latencies, width),
             self._stalls(width),
             self._phases(width),
             self._calibration(width),
@@ -69,6 +70,10 @@ class Report(ReportRows):
     @property
     def _runs(self) -> list[str]:
         return [t["run"] for t in self.tapes]
+
+    @property
+    def _latencies(self) -> tuple[str, ...]:
+        return LATENCY if self.phases is None else (*LATENCY, *ESTIMATES)
 
     @functools.cached_property
     def _index(self) -> dict[tuple[str, str, str], Row]:
@@ -237,9 +242,14 @@ class Report(ReportRows):
             span = f"{low} .. {high}" if p["method"] == "stream" else "as reported"
             rows.append([p["run"], p["method"], queue, span, *others, display.count(p["requests"])])
         head = ["phases, mean", "told by", "queue", "between", "prefill", "decode", "outside", "n"]
-        none = ["no phases: the tapes hold too few streams to estimate them"]
+        none = [
+            "no phases: too few streams to estimate them, or none that show a server's steps",
+            "  (it batches by whole replies, or sends many tokens at a time)",
+        ]
         return (
-            display.table(head, rows, width, texts=2) if rows else none[: self.phases is not None]
+            display.table(head, rows, width, texts=2)
+            if rows
+            else none[: 2 * (self.phases is not None)]
         )
 
     def _calibration(self, width: int) -> list[str]:

@@ -90,6 +90,7 @@ def ask(session: Session, *, phases: bool = False) -> ReportRows:
     goodput = sorted(slo.goodput(session), key=lambda row: order[row["run"]])
     metrics = rows(f"FROM metrics_long WHERE metric NOT IN {_ASKED_APART} ORDER BY metric, stat")
     metrics += _singles(metrics, stalls, goodput)
+    metrics += rows("FROM phases_long") if phases else []
     metrics.sort(key=lambda row: (order[row["run"]], row["metric"], row["stat"]))
     return ReportRows(
         tapes=tapes,

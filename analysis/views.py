@@ -13,6 +13,7 @@ ON_DEMAND = {
     "metrics.long",
     "phase.prefill",
     "phase.phases",
+    "phase.phases_long",
     "phase.interference",
     "tails.tails",
     "throughput.steady",

@@ -117,6 +117,30 @@ def simulate(load: Load) -> Run:
     return run
 
 
+def simulate_whole_batches(requests: int, per_s: float, seats: int = 8, seed: int = 1) -> Run:
+    """A server that takes what waits, up to its seats, and nothing more until all of it is done."""
+    rng = np.random.default_rng(seed)
+    arrivals = np.cumsum(rng.exponential(1e9 / per_s, requests))
+    prompts = np.clip(rng.lognormal(6, 0.8, requests), 8, 8000).astype(int)
+    outputs = np.clip(rng.lognormal(3.5, 0.6, requests), 2, 300).astype(int)
+    run, now, begin = Run(), 0.0, 0
+    while begin < requests:
+        now = start = max(now, float(arrivals[begin]))
+        end = begin + max(1, int((arrivals[begin : begin + seats] <= now).sum()))
+        now += STEP_NS + NS_PER_PREFILL_TOKEN * int(prompts[begin:end].sum())
+        first, step = now, STEP_NS + STEP_NS_PER_SEQUENCE * (end - begin)
+        for i in range(begin, end):
+            tokens = first + step * np.arange(outputs[i])
+            delays = NETWORK_NS + rng.exponential(3e5, len(tokens))
+            off = np.maximum.accumulate((tokens + delays - int(arrivals[i])) // 1000).astype(int)
+            run.rows.append(_row(int(arrivals[i]), off, int(prompts[i]), 0))
+            run.queue_ns.append(start - float(arrivals[i]))
+            run.prefill_ns.append(first - start)
+        now = first + step * int(outputs[begin:end].max() - 1)
+        begin = end
+    return run
+
+
 def _row(sent: int, off_us: Any, prompt_tokens: int, head_ns: int) -> dict[str, Any]:
     first, last = sent + int(off_us[0]) * 1000, sent + int(off_us[-1]) * 1000
     return streamed_row(0, len(off_us)) | {

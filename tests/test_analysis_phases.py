@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelined_engine import NS_PER_PREFILL_TOKEN, Load, Run, simulate
+from pipelined_engine import (
+    NS_PER_PREFILL_TOKEN,
+    Load,
+    Run,
+    simulate,
+    simulate_whole_batches,
+)
 from rows import MS, make_tape, streamed_row
+from tokentape.analysis.report import report
 from tokentape.analysis.session import connect
 from tokentape.traces import wire
 
@@ -108,6 +115,47 @@ def test_a_wait_for_a_seat_is_queue_to_within_twelve_steps(served: dict[str, Pha
     found, truth = served["few seats"].found, served["few seats"].truth
     off = np.abs(found["queue_ns"] - truth.queue_ns)
     assert np.quantile(off, 0.95) < 12 * 7 * MS
+
+
+def test_a_server_that_takes_one_request_at_a_time_is_estimated(tmp_path: Path) -> None:
+    """As transformers' server does: the queue is the wait for the only seat."""
+    truth = simulate(Load(0.5, 200, seats=1, heads=False))
+    with connect([make_tape(tmp_path / "t", truth.rows)]) as session:
+        [found] = session.rows("FROM phases_totals")
+    assert found["queue_s"] == pytest.approx(sum(truth.queue_ns) / 1e9, rel=0.1)
+
+
+@pytest.mark.parametrize(("per_s", "seats"), [(8.0, 8), (12.0, 32)])
+def test_a_server_that_batches_by_whole_replies_has_no_estimate(
+    tmp_path: Path, per_s: float, seats: int
+) -> None:
+    """Its steps say nothing about who waited for what: no number instead of a wrong one."""
+    truth = simulate_whole_batches(200, per_s, seats)
+    assert sum(truth.queue_ns) > 0
+    with connect([make_tape(tmp_path / "t", truth.rows)]) as session:
+        assert session.rows("FROM phases_totals") == []
+        assert "batches by whole replies" in report(session, phases=True).text()
+        long = session.rows("FROM phases_long")
+    assert len(long) == 21 and {(r["value"], r["n"]) for r in long} == {(None, 0)}
+
+
+def test_the_estimates_are_rows_like_those_of_metrics_long(tmp_path: Path) -> None:
+    rows = simulate(LOADS["light"]).rows
+    with connect([make_tape(tmp_path / "t", rows)]) as session:
+        long = {(r["metric"], r["stat"]): r for r in session.rows("FROM phases_long")}
+        assert long.keys().isdisjoint(
+            (r["metric"], r["stat"]) for r in session.rows("FROM metrics_long")
+        )
+        columns = session.sql("FROM metrics_long").columns
+        found = session.table("FROM phases")
+        told = {(r["metric"], r["stat"]): r for r in report(session, phases=True).metrics}
+    assert set(columns) == set(long["queue_estimate", "p50"])
+    for phase in ("queue", "prefill", "decode"):
+        values = found[f"{phase}_ns"].to_numpy()
+        row = long[f"{phase}_estimate", "p90"]
+        assert row["n"] == len(rows)
+        assert row["value"] == np.quantile(values, 0.9, method="inverted_cdf")
+        assert told[f"{phase}_estimate", "p90"] == row
 
 
 def test_what_the_server_reports_is_taken_as_it_is(tmp_path: Path) -> None:

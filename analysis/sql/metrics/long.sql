@@ -64,7 +64,9 @@ SELECT
     maximum
   ]) AS value
 FROM (SELECT run FROM tapes)
-CROSS JOIN (SELECT metric, weight FROM metrics WHERE weight <> 'none')
+CROSS JOIN (
+  SELECT metric, weight FROM metrics WHERE weight <> 'none' AND module <> 'phase.phases_long'
+)
 LEFT JOIN _distributions() USING (run, metric);
 
 -- Rates and counts, long: metrics that are single numbers.

@@ -95,7 +95,38 @@ SELECT key, x, y
 FROM _periods
 QUALIFY requests = 1 OR sum((requests = 1)::INTEGER) OVER (PARTITION BY key) < 20;
 
--- What a prefill costs on each server.
+-- Servers that batch by whole replies: who comes while others decode waits until all of these are done,
+-- and starts together with others. Queue and prefill of these cannot be told by steps, so they have no
+-- estimate. One that serves a single request at a time is none of them. Tokens within 5 ms are of one step.
+CREATE VIEW _whole_batches AS
+WITH
+  _order AS (
+    SELECT
+      key,
+      anchor_ns,
+      first_ns,
+      max(last_ns) OVER (
+        PARTITION BY key
+        ORDER BY first_ns
+        RANGE BETWEEN UNBOUNDED PRECEDING AND 5000000 PRECEDING
+      ) AS earlier_until_ns,
+      count(*) OVER (
+        PARTITION BY key
+        ORDER BY first_ns
+        RANGE BETWEEN 5000000 PRECEDING AND 5000000 FOLLOWING
+      ) AS together
+    FROM _phase_streams
+  )
+SELECT key
+FROM _order
+GROUP BY key
+HAVING
+  count(*) FILTER (anchor_ns < earlier_until_ns) >= 10
+  AND count(*) FILTER (first_ns + 5000000 < earlier_until_ns)
+    <= 0.02 * count(*) FILTER (anchor_ns < earlier_until_ns)
+  AND count(*) FILTER (together > 1) >= 0.1 * count(*);
+
+-- What a prefill costs on each server; none for one that batches by whole replies.
 -- col run VARCHAR: label of the tape
 -- col server_id VARCHAR: replica, where known
 -- col step_ns DOUBLE (ns): a step that prefills nothing
@@ -117,4 +148,4 @@ SELECT
   n AS points
 FROM _lines
 JOIN _phase_steps ON _phase_steps.key = _lines.key
-WHERE slope > 0;
+WHERE slope > 0 AND NOT EXISTS (FROM _whole_batches WHERE _whole_batches.key = _lines.key);
