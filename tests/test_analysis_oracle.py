@@ -176,6 +176,51 @@ def test_every_statistic_agrees_with_numpy(tmp_path: Path, seed: int) -> None:
     agree("in_flight", got["in_flight"], expected(in_flight(rows), over_time=True))
 
 
+@pytest.mark.parametrize("seed", SEEDS[1:])
+def test_every_single_number_agrees_with_numpy(tmp_path: Path, seed: int) -> None:
+    """Rates, shares and counts; cost and energy have their own tests with known answers."""
+    rng = np.random.default_rng(seed)
+    rows = random_rows(seed)
+    for row in rows:
+        prompt, cached = int(rng.integers(1, 5000)), int(rng.integers(0, 2))
+        row["input_tokens"] = prompt if rng.random() < 0.9 else None
+        row["cached_tokens"] = prompt * cached // 2 if rng.random() < 0.8 else None
+    with connect([make_tape(tmp_path / "t", rows)]) as session:
+        long = session.rows("FROM metrics_long WHERE stat = 'value' OR metric = 'outcomes'")
+    got = {(r["metric"], r["stat"]): r["value"] for r in long if r["value"] is not None}
+    wanted = single_numbers(rows)
+    assert {m for m, _ in wanted} <= {m for m, _ in got}
+    for key, value in wanted.items():
+        assert got.pop(key) == pytest.approx(value, rel=1e-12), key
+    assert {m for m, s in got if got[m, s]} <= {"stalled_share"}
+
+
+def single_numbers(rows: list[Row]) -> dict[tuple[str, str], float]:
+    last = ("end_ns", "last_content_ns", "send_end_ns", "send_ns", "arrival_ns")
+    ends = [next(r[c] for c in last if r.get(c) is not None) for r in rows]
+    span_s = (max(ends) - min(r["arrival_ns"] for r in rows)) / 1e9
+    both = [r for r in rows if None not in (r["input_tokens"], r["cached_tokens"])]
+    sums = {
+        "offered_per_s": sum(map(weight_of, rows)),
+        "completed_per_s": sum(
+            weight_of(r) for r in rows if r["outcome"] == "ok" and r["end_ns"] is not None
+        ),
+        "input_tokens_per_s": sum(weight_of(r) * (r["input_tokens"] or 0) for r in rows),
+        "uncached_tokens_per_s": sum(
+            weight_of(r) * (r["input_tokens"] - r["cached_tokens"]) for r in both
+        ),
+        "output_tokens_per_s": sum(weight_of(r) * r["output_tokens"] for r in rows),
+    }
+    cached, asked = (
+        sum(weight_of(r) * r[c] for r in both) for c in ("cached_tokens", "input_tokens")
+    )
+    found = {(name, "value"): total / span_s for name, total in sums.items()}
+    found["prefix_got", "value"] = cached / asked
+    for outcome in set(OUTCOMES):
+        found["outcomes", outcome] = sum(r["outcome"] == outcome for r in rows)
+    return found
+
+
 def agree(metric: str, got: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Quantiles, minimum and maximum are values that were seen: equal, not close."""
     for stat in (*LEVELS, "min", "max"):
@@ -210,9 +255,9 @@ def test_the_tokens_of_the_events_are_the_output_tokens(tmp_path: Path) -> None:
 def test_the_answer_does_not_depend_on_threads_or_on_the_split_into_files(tmp_path: Path) -> None:
     rows = random_rows(SEEDS[-1])
     answers = []
-    for threads, pieces in ((1, 1), (2, 1), (2, 7)):
+    for threads, pieces, memory in ((1, 1, None), (2, 1, None), (2, 7, None), (2, 2, "500MB")):
         tape = split_tape(tmp_path / f"{threads}-{pieces}" / "t", rows, pieces)
-        with connect([tape], threads=threads) as session:
+        with connect([tape], threads=threads, memory_limit=memory) as session:
             answers.append(session.table("FROM metrics_long ORDER BY metric, stat").to_pylist())
     for answer in answers[1:]:
         for row, first in zip(answer, answers[0], strict=True):

@@ -13,8 +13,10 @@
 -- Undefined when: fewer than two tokens or two events, unknown token count, or not streamed: all
 --   tokens in one event have no time between them (never 0)
 -- Differs from: vLLM bench and SGLang ((latency - ttft) / (n - 1), where one token counts as 0 and
---   meets every SLO; SGLang's latency runs to [DONE]); AIPerf (calls it inter-token latency);
---   GuideLLM ((last - start) / n, so TTFT is inside); genai-bench (to the end of the loop)
+--   meets every SLO; SGLang's latency runs to [DONE]); AIPerf (calls it inter-token latency, tokens
+--   by its own tokenizer); GuideLLM (this is its ITL; its TPOT is (last - start) / n, so TTFT is
+--   inside); inference-perf agrees, with its own count of tokens; genai-bench (to the end of its
+--   loop, without replies that took under 1 ms); abench (the mean of the gaps between events)
 
 -- Time per output token of each reply, whatever its outcome; one row per choice.
 -- col run VARCHAR: label of the tape

@@ -12,9 +12,10 @@
 -- View: ttft.ttft_ns
 -- Undefined when: the reply was not streamed, or no event came
 -- Differs from: vLLM bench (completions: an event with empty text counts; the first use includes
---   connecting); SGLang and genai-bench (include connecting); inference-perf (None when there is one
---   event); vLLM Prometheus (from its own arrival_time, so no network); OTel client (to the first
---   chunk, also one without content); AIPerf agrees, but starts before the request is written
+--   connecting); SGLang and genai-bench (include connecting); inference-perf (answer text only, waits
+--   of retries included, None when there is one event); GuideLLM (starts when the head is written);
+--   vLLM Prometheus (from its own arrival_time, so no network); OTel client (to the first chunk, also
+--   one without content); AIPerf and abench agree, but start before the request is written
 
 -- metric: ttft_arrival
 -- Title: TTFT from arrival
