@@ -165,6 +165,7 @@ class Assembler:
         if head is not None:
             row.update(self._head_columns(*head))
             request.turn = self._turns.told_by_head(head[2])
+            row.update(self._turns.named(request.turn))
             request.coding = coding_of(_coding(head[2]) or "")
         else:
             request.body = None
@@ -221,7 +222,9 @@ class Assembler:
             columns["parse_status"] = trouble
         elif body:
             facts = read_request(request.row["endpoint"], body)
-            self._turns.told_by_body(request.turn, facts)
+            if request.turn is not None:
+                self._turns.told_by_body(request.turn, facts)
+                columns |= self._turns.named(request.turn)
             columns |= facts.columns | self._privacy.blocks(facts.prompt)
         request.row.update(columns)
         self._sink.learned(stream, self._visible(columns))
@@ -290,7 +293,7 @@ class Assembler:
         if request.beyond or request.missed or row.get("events_dropped"):
             _admit_unread(row, request.beyond, request.missed)
         _mark_early(row)
-        if "session_id" not in row:  # a replay knows it beforehand
+        if request.turn is not None:
             row.update(self._turns.close(request.turn, row))
         visible = self._visible(row)
         del self.open[stream]

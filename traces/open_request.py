@@ -86,7 +86,7 @@ class OpenRequest:
         self.journaled = (0, 0)
         self.state: State | None = None  # as journaled last
         self.beyond = 0  # pieces of the reply that came after MAX_EVENTS
-        self.turn = Turn()
+        self.turn: Turn | None = None  # of a request whose head was seen
         self.missed = 0  # messages that a dead writer held a part of
 
     def read_reply_as(self, content_type: str) -> None:
@@ -137,6 +137,8 @@ class OpenRequest:
                 row[name] -= offset_ns
         request = cls(row)
         state = left.state
+        if row.get("session_source") and "source_request_id" not in row:  # a replay knows its own
+            request.turn = Turn(row["session_id"], row["session_source"])
         if state is None:  # nothing came after its first record
             return request
         request.body_bytes, request.reply_bytes = state.body_bytes, state.reply_bytes

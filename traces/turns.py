@@ -28,7 +28,10 @@ _ANSWERED = ("ok", "client_abort")
 
 @dataclass
 class Turn:
-    """What an open request told of its place; digests only."""
+    """What an open request told of its place; digests only.
+
+    What the client called its session is in the row at once, and so survives this process.
+    """
 
     session_id: str | None = None
     source: str | None = None  # header or body
@@ -58,6 +61,13 @@ class Turns:
         self._prompts: OrderedDict[int, list[Member]] = OrderedDict()
         self._responses: OrderedDict[int, Member] = OrderedDict()
         self._sessions: OrderedDict[str, list[Member]] = OrderedDict()
+
+    @staticmethod
+    def named(turn: Turn) -> dict[str, Any]:
+        """The columns that are known before the request has ended."""
+        if turn.session_id is None:
+            return {}
+        return {"session_id": turn.session_id, "session_source": turn.source}
 
     def told_by_head(self, headers: Iterable[tuple[bytes, bytes]]) -> Turn:
         """What the request's headers say; the first that names a session counts."""
