@@ -58,6 +58,7 @@ class Report(ReportRows):
             self._goodput(width),
             self._rates(width),
             self._prefixes(width),
+            self._speculation(width),
             self._concurrency(width),
             self._steady(),
             self._clocks(width),
@@ -251,6 +252,21 @@ class Report(ReportRows):
             if rows
             else none[: 2 * (self.phases is not None)]
         )
+
+    def _speculation(self, width: int) -> list[str]:
+        """How much of what an engine drafted it kept, where its page counts that."""
+        rows = [
+            [
+                s["run"],
+                s["source"],
+                *(display.count(int(s[k] or 0)) for k in ("drafts", "draft_tokens")),
+                display.share(s["acceptance"]),
+                display.figure(s["tokens_per_draft"]),
+            ]
+            for s in self.speculation
+        ]
+        head = ["speculation", "page", "drafts", "tokens drafted", "accepted", "tokens a draft"]
+        return display.table(head, rows, width, texts=2) if rows else []
 
     def _calibration(self, width: int) -> list[str]:
         """Sums of the phases beside those of the server's own histograms, where it has some."""

@@ -50,6 +50,7 @@ class ReportRows:
     steady: list[Row]
     stalls: list[Row]
     prefixes: list[Row]
+    speculation: list[Row]
     phases: list[Row] | None
     interference: list[Row] | None
     calibration: list[Row] | None
@@ -67,6 +68,7 @@ class ReportRows:
             "steady": self.steady,
             "stalls": self.stalls,
             "prefixes": self.prefixes,
+            "speculation": self.speculation,
             "phases": self.phases,
             "interference": self.interference,
             "calibration": self.calibration,
@@ -104,6 +106,7 @@ def ask(session: Session, *, phases: bool = False) -> ReportRows:
         steady=rows("FROM steady") if any(t["role"] == "replay" for t in tapes) else [],
         stalls=stalls,
         prefixes=rows("FROM prefix_reuse"),
+        speculation=rows("FROM speculation WHERE drafts > 0 ORDER BY source"),
         phases=rows("FROM phases_totals ORDER BY method") if phases else None,
         interference=rows("FROM interference") if phases else None,
         calibration=rows("FROM calibration_phases ORDER BY method, phase DESC") if phases else None,

@@ -129,6 +129,7 @@ def test_plain_data_is_json_with_stable_keys(one: Report, two: Report) -> None:
         "steady",
         "stalls",
         "prefixes",
+        "speculation",
         "phases",
         "interference",
         "calibration",

@@ -69,9 +69,13 @@ def test_acceptance_of_drafts_is_of_the_run_and_adds_up_engines(tmp_path: Path) 
     tape = add_samples(make_tape(tmp_path / "t", [streamed_row()]), samples)
     with connect([tape]) as session:
         [found] = session.table("FROM speculation").to_pylist()
+        shown = report.report(session)
     told = (found["drafts"], found["draft_tokens"], found["accepted_tokens"])
     assert told == (20, 80, 20)
     assert (found["acceptance"], found["tokens_per_draft"]) == (0.25, 2.0)
+    assert shown.as_dict()["speculation"] == [found]
+    [line] = [x for x in shown.text().splitlines() if URL in x]
+    assert line.split() == ["t", URL, "20", "80", "25.00", "%", "2.00"]
 
 
 @pytest.mark.slow
