@@ -136,6 +136,9 @@ class Probe:
                     f"the candidate offers {len(offered)} models; {wanted} is asked where the tape "
                     "names none of them"
                 )
+        elif offered and wanted not in self.offered:
+            shown = ", ".join(self.offered[:3])
+            self.notes.append(f"--model {wanted}: the candidate lists {shown}, and not that one")
         limits = [m.get("max_model_len") for m in offered if str(m["id"]) == wanted]
         return wanted, limits[0] if limits and isinstance(limits[0], int) else None
 

@@ -267,6 +267,13 @@ def test_a_dead_candidate_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_that_the_candidate_does_not_list_is_said() -> None:
+    assert probe(engine_like, "chat", model="m")[0].notes == ()
+    target, _ = probe(engine_like, "chat", model="n")
+    assert target.model == "n"  # a gateway may know it all the same
+    assert target.notes == ("--model n: the candidate lists m, and not that one",)
+
+
 def test_several_models_are_said() -> None:
     def script(seen: Seen) -> Sequence[Step]:
         models = {"data": [{"id": "one", "max_model_len": 4096}, {"id": "two"}]}
