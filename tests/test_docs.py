@@ -201,3 +201,21 @@ def test_the_architecture_page_is_short() -> None:
 def test_a_generated_page_is_up_to_date(page: str, now: object) -> None:
     assert callable(now)
     assert (ROOT / page).read_text(encoding="utf-8") == now()
+
+
+def test_every_trap_of_the_wire_page_has_a_test_of_its_number() -> None:
+    page = (ROOT / "docs" / "wire.md").read_text()
+    table = page[page.index("| N | trap |") :]
+    numbers = {int(n) for n in re.findall(r"\| (\d+) \|", table)}
+    names = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    told = {
+        int(n)
+        for found in re.findall(r"def test_trap_([0-9_and]+)", names)
+        for n in found.split("_")
+        if n.isdigit()
+    }
+    elsewhere = {11: "test_proxy_tls.py", 18: "test_proxy_traps.py"}
+    assert numbers == set(range(1, 25))
+    assert numbers - told == set(elsewhere)
+    for number, file in elsewhere.items():
+        assert re.search(rf"\| {number} \| [^|]*{file}", table)

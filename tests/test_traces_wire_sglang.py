@@ -43,6 +43,17 @@ def test_new_text_of_the_same_length_is_text() -> None:
     assert list(read([sglang("ab", 1), sglang("cd", 2)]).cls) == [TEXT, TEXT]
 
 
+def test_reasoning_tokens_are_those_of_the_last_message_of_each_choice() -> None:
+    def message(text: str, count: int, reasoning: int, index: int) -> bytes:
+        meta = {"id": "s", "completion_tokens": count, "reasoning_tokens": reasoning}
+        return sse({"text": text, "index": index, "meta_info": meta | {"finish_reason": None}})
+
+    parts = [message("a", 2, 2, 0), message("b", 3, 1, 1), message("ac", 4, 3, 0)]
+    columns = read([*parts, sse("[DONE]")]).columns
+    assert (columns["output_tokens"], columns["reasoning_tokens"]) == (7, 4)
+    assert columns["reasoning_tokens_source"] == "usage"
+
+
 def test_trap_16_choices_are_counted_each_for_itself() -> None:
     parts = [sglang("a", 1, index=0), sglang("b", 1, index=1), sglang("ac", 3, LENGTH, index=0)]
     reply = read([*parts, sglang("bd", 2, LENGTH, index=1), sse("[DONE]")])

@@ -195,11 +195,14 @@ def _counts(told: list[dict[str, Any]]) -> dict[str, int]:
 
     With several it is not told whether they share a prompt.
     """
-    places = {"output_tokens": ("completion_tokens",)}
+    places = {"output_tokens": ("completion_tokens",), "reasoning_tokens": ("reasoning_tokens",)}
     if len(told) == 1:
         places |= {"input_tokens": ("prompt_tokens",), "cached_tokens": ("cached_tokens",)}
     each = [untrusted.counts(meta, places) for meta in told]
     if not each or any("output_tokens" not in found for found in each):
         return {}
     output = sum(found["output_tokens"] for found in each)
-    return each[0] | {"output_tokens": min(output, untrusted.I32_MAX)}
+    counted = each[0] | {"output_tokens": min(output, untrusted.I32_MAX)}
+    if all("reasoning_tokens" in found for found in each):
+        counted["reasoning_tokens"] = sum(found["reasoning_tokens"] for found in each)
+    return counted
