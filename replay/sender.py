@@ -27,7 +27,7 @@ from tokentape.replay.later import FAR_NS, Later
 from tokentape.replay.progress import Progress
 from tokentape.replay.sent_rows import LATE_NS, end_columns, late_cause, sent_end_ns
 from tokentape.replay.start import Start, StartAt
-from tokentape.replay.timer import AbsoluteTimer, precise_wakeups
+from tokentape.replay.timer import AbsoluteTimer, never_early_s, precise_wakeups
 from tokentape.replay.transport import Body, Client
 from tokentape.replay.turns import Followers, Waits
 
@@ -130,9 +130,8 @@ class Sender:
         self._due_ns = memoryview(due)
         self._ahead = Ahead(lambda at: prepare(self._number(at)), len(due), ahead_bytes)
         self._warm = warm
-        self._timeout_s = None if timeout_ns is None else timeout_ns / NS_PER_S
-        first_ns = first_byte_timeout_ns
-        self._first_byte_s = None if first_ns is None else first_ns / NS_PER_S
+        self._timeout_s = never_early_s(timeout_ns)
+        self._first_byte_s = never_early_s(first_byte_timeout_ns)
         self._progress = progress
         self._start = start or StartAt()
         self._labels = json.dumps({"worker": worker})

@@ -14,6 +14,7 @@ from collections.abc import Callable
 NS_PER_S = 1_000_000_000
 _TFD_NONBLOCK, _TFD_CLOEXEC, _TFD_TIMER_ABSTIME = 0o4000, 0o2000000, 1
 _PR_SET_TIMERSLACK = 29
+LOOP_CLOCK_S = 0.002  # a loop's own clock is that of its last turn, in uvloop in whole ms
 
 
 class _Timespec(ctypes.Structure):
@@ -90,3 +91,11 @@ class AbsoluteTimer:
 def precise_wakeups() -> None:
     """Take the 50 us away that Linux may add to this thread's sleeps."""
     _libc().prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
+
+
+def never_early_s(span_ns: int | None) -> float | None:
+    """What a timer of the event loop must be given to ring no sooner than a span from now.
+
+    For deadlines of requests, where a little late is harmless and early is a lie.
+    """
+    return None if span_ns is None else span_ns / NS_PER_S + LOOP_CLOCK_S
