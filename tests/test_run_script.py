@@ -143,7 +143,7 @@ def test_a_bench_that_is_not_there_is_a_usage_error(checkout: Path, home: Path) 
     [
         (
             ["test"],
-            """pytest: -n auto --dist loadfile -m (not slow) and not timed
+            f"""pytest: -n {len(os.sched_getaffinity(0)) + 1} --dist loadfile -m (not slow) and not timed
 pytest: -m (not slow) and timed""",
         ),
         (["test", "--slow", "-x"], "pytest: -m slow or not slow -x"),
