@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = {".git", ".venv", "build", "dist", "__pycache__"}
+PROCESSES = len(os.sched_getaffinity(0)) + 1  # one more than the cores
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -143,7 +144,7 @@ def test_a_bench_that_is_not_there_is_a_usage_error(checkout: Path, home: Path) 
     [
         (
             ["test"],
-            f"""pytest: -n {len(os.sched_getaffinity(0)) + 1} --dist loadfile -m (not slow) and not timed
+            f"""pytest: -n {PROCESSES} --dist loadfile -m (not slow) and not timed
 pytest: -m (not slow) and timed""",
         ),
         (["test", "--slow", "-x"], "pytest: -m slow or not slow -x"),
