@@ -3,6 +3,9 @@
 Each message repeats all text so far, unless the server was told to send what is new; which of the
 two shows in the lengths. Its completion_tokens, told with every message, give exact tokens per
 event. Only lengths and a hash of the last text are kept, and the hash never leaves the process.
+Source: SGLang, `managers/tokenizer_manager_components` (what each message repeats, and the option
+`incremental_streaming_output`) and `srt/observability/req_time_stats.py` (times, which it tells
+with its metrics enabled only).
 """
 
 from typing import Any, Final
