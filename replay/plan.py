@@ -6,19 +6,16 @@ on the candidate.
 """
 
 import asyncio
-import math
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property, partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
+from tokentape.replay import plan_words
 from tokentape.replay.ahead import Outgoing
 from tokentape.replay.beforehand import Prefixes
 from tokentape.replay.capacity import STREAM_GAP_S, TOKEN_BYTES, Demand, Fit, Machine
-from tokentape.replay.health import cores
 from tokentape.replay.options import ReplayOptions
 from tokentape.replay.probe import find_target
 from tokentape.replay.reuse import names_of, repeated_blocks
@@ -31,17 +28,12 @@ from tokentape.replay.targets import (
     Address,
     Headers,
     Target,
-    is_private,
     unprobed,
 )
 from tokentape.replay.tokenizer_file import TokenizerFile
 from tokentape.replay.turns import TurnPlan, check_ring, make_waits
 from tokentape.traces.errors import UsageError
 from tokentape.traces.reader import open_tape
-
-# Half of what one core was measured to carry without misreporting (docs/accuracy.md).
-REQUESTS_PER_WORKER, EVENTS_PER_WORKER = 1_000, 25_000
-COARSE_ARRIVALS_NS = 100_000_000  # arrivals stamped no finer than this come in bursts of their own
 
 
 @dataclass
@@ -203,17 +195,12 @@ class Plan:
         )
         return Fit(demand, Machine.here())
 
-    def _refused(self) -> str:
-        return (
-            f"{self.figures['too_long_for_candidate']} requests are longer than the "
-            f"{self.target.max_model_tokens:,} tokens that the candidate takes"
-        )
-
     def check(self) -> None:
         """UsageError for a load that cannot be offered or taken, unless it is to be tried."""
         if self.figures["too_long_for_candidate"] and not self.options.force:
             raise UsageError(
-                f"{self._refused()}: --clip cuts their prompts, --force sends them all the same"
+                f"{plan_words.refused(self)}: --clip cuts their prompts, --force sends them all "
+                "the same"
             )
         reasons = self.fit.impossible()
         if reasons and not self.options.force:
@@ -243,25 +230,6 @@ class Plan:
             "warnings": self.warnings(),
         }
 
-    def _too_much(self) -> list[str]:
-        """What is more than the workers should carry, or the workers more than the machine."""
-        figures, count, found = self.figures, self.options.workers, list[str]()
-        seconds = max(1.0, self.schedule.span_ns / NS_PER_S)
-        events_per_s = figures["output_tokens"] / seconds
-        needed = max(
-            -(-figures["peak_per_s"] // REQUESTS_PER_WORKER),
-            math.ceil(events_per_s / EVENTS_PER_WORKER),
-        )
-        if needed > count:
-            found.append(
-                f"up to {figures['peak_per_s']:,} requests/s and a mean of {events_per_s:,.0f} "
-                f"tokens/s are more than {count} worker{'s' * (count > 1)} should carry "
-                f"({REQUESTS_PER_WORKER:,} and {EVENTS_PER_WORKER:,} each): --workers {needed}"
-            )
-        if count > cores():
-            found.append(f"{count} workers share {cores()} cores: each should have one")
-        return found
-
     def candidate(self) -> dict[str, Any]:
         """What is known of the candidate, without credentials."""
         forms = self.target.forms.items()
@@ -278,136 +246,11 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What a reader of the results has to know."""
-        figures, found = self.figures, list(self.target.notes)
-        if not is_private(self.target.address.base):
-            host = urlsplit(self.target.address.base).hostname
-            found.append(f"{host} is not a private address: this load goes out into the world")
-        found += self._too_much()
-        found += [f"impossible here: {reason}" for reason in self.fit.impossible()]
-        step = self.source_facts.get("arrival_resolution_ns")
-        if step and step >= COARSE_ARRIVALS_NS and not self.options.operators.spread:
-            found.append(
-                f"the tape's arrivals are {step / NS_PER_S:.1f} s apart or together: its "
-                "bursts are those of its clock, not of its users (--spread)"
-            )
-        found += self._operator_notes()
-        found += self.turns.notes()
-        found += self._length_notes()
-        if figures["without_output"]:
-            found.append(f"{figures['without_output']} requests had no output: one token is asked")
-        if figures["several_choices"]:
-            found.append(
-                f"{figures['several_choices']} requests had several choices: replayed as one "
-                "choice with all their tokens"
-            )
-        if self.source.approximate_blocks:
-            found.append(
-                "prefix blocks are counted in bytes: shared prefixes are about right "
-                f"({self.source.rows.bytes_per_token:.2f} bytes per token)"
-            )
-        for counted in (self.source.guessed, self.source.unlike):
-            found += [f"{n} {what}" for what, n in counted.items()]
-        return found
-
-    def _length_notes(self) -> list[str]:
-        """Prompts that the candidate cannot be asked as they were."""
-        figures, found = self.figures, list[str]()
-        if figures["too_short_for_template"]:
-            found.append(
-                f"{figures['too_short_for_template']} prompts are shorter than the shortest that "
-                "can be sent (template and one token): sent as that, counted as exceptions"
-            )
-        if self.clipped:
-            found.append(
-                f"{self.clipped} requests are cut to the {self.target.max_model_tokens:,} tokens "
-                "that the candidate takes"
-            )
-        elif figures["too_long_for_candidate"]:
-            found.append(f"{self._refused()}: it will refuse them")
-        return found
-
-    def _operator_notes(self) -> list[str]:
-        """What an operator had to do without."""
-        asked, found = self.options.operators, list[str]()
-        if asked.thin is not None and not self.figures["sessions"]:
-            found.append(
-                "the tape knows no sessions: each request was kept or left by itself, so what "
-                "conversations shared is cut apart"
-            )
-        if asked.routing in ("least-loaded", "prefix"):
-            found.append(
-                "the fleet's router is simulated: each request lasts as recorded or, where the "
-                "tape does not say, 0.5 s and 20 ms for each output token"
-            )
-        return found
-
-    def _worker_lines(self) -> list[str]:
-        count = self.options.workers
-        if count == 1:
-            return []
-        sizes = np.bincount(self.worker_of_each, minlength=count).tolist()
-        return [f"  workers: {count}, of {', '.join(f'{n:,}' for n in sizes)} requests"]
+        return plan_words.warnings(self)
 
     def text(self) -> str:
         """The plan for people, printed before anything is sent."""
-        f = self.figures
-        recorded, span = _duration(f["recorded_span_ns"]), _duration(f["span_ns"])
-        chat, plain = f["chat_requests"], f["requests"] - f["chat_requests"]
-        wanted = self.options.endpoint
-        kinds = (
-            f"{f['requests']} {wanted}"
-            if wanted != "recorded"
-            else " and ".join(
-                f"{n} {name}" for n, name in ((plain, "completions"), (chat, "chat")) if n
-            )
-        )
-        rate = (
-            f"  rate: mean {f['mean_per_s']:.2f}/s, peak {f['peak_per_s']} in one second, "
-            f"about {f['estimated_peak_in_flight']} in flight at most"
-        )
-        shard = f"shard {self.options.shard}: " if self.options.shard else ""
-        of = f"the plan's {self.of_requests}" if shard else f["requests_on_tape"]
-        lines = [
-            f"plan: {shard}{f['requests']} of {of} requests"
-            + (f" ({kinds})" if kinds else "")
-            + (f", {f['sessions']} sessions" if f["sessions"] else ""),
-            f"  candidate: {self.target.address.base}, model {self.target.model}",
-            f"  span: {span} (recorded {recorded}, speed {_factor(self.options.speed)})",
-            rate,
-            *self._worker_lines(),
-            *self.turns.lines(len(self), _factor(self.options.speed)),
-            *self.source.aborts.lines(self.schedule.source_index),
-            f"  tokens: {f['input_tokens']:,} in, {f['output_tokens']:,} out",
-            f"  this machine: {self.fit.text()}",
-        ]
-        if f["prefix_blocks"]:
-            share = 100 * f["prefix_blocks_repeated"] / f["prefix_blocks"]
-            of = f["prefix_blocks_of_requests"]
-            lines.append(
-                f"  prefixes: {share:.1f} % of {f['prefix_blocks']:,} blocks repeat earlier ones"
-                + (f", in the first {of:,} requests" if of < len(self) else "")
-            )
-        else:
-            lines.append("  prefixes: the tape knows none, so no two prompts share one")
-        lines.append(
-            f"  cache: prompts of namespace {self.options.namespace}; other runs have others"
-            if self.options.namespace
-            else "  cache: the prompts of every --warm-cache run of this tape and seed"
-        )
-        if self.options.warm_up:
-            lines.append(f"  before the run: {self.options.warm_up} requests to warm up")
-        if self.prefixes is not None:
-            lines.append(f"  before the run: {len(self.prefixes)} prefixes to prime the cache")
-        for name, form in self.target.forms.items():
-            lines.append(f"  prompts on {name}: {form.rung}")
-            lines.append(f"  output length on {name}: {form.pinning}")
-        lines += (
-            ["  what each step makes of the load:", *self.shapes.lines()] if self.shapes else []
-        )
-        lines += [f"  model {a} is asked as {b}" for a, b in self.options.models.items()]
-        lines += [f"  left out: {n} {reason}" for reason, n in f["left_out"].items()]
-        lines += [f"  note: {warning}" for warning in self.warnings()]
-        return "\n".join(lines)
+        return plan_words.text(self)
 
 
 def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
@@ -443,7 +286,7 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
         raise UsageError(f"--speed: {error}") from None
     whole = len(schedule.due_ns)
     if shapes is not None and options.speed != 1:
-        shapes.sped(_factor(options.speed), schedule, scaled_think=options.scaled_think)
+        shapes.sped(plan_words.factor(options.speed), schedule, scaled_think=options.scaled_think)
     if whole and options.shard:
         shard = shard_of(source.groups(schedule), options.shard.count)
         schedule = schedule.part(shard == options.shard.index, offered.duration_ns)
@@ -481,16 +324,3 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     if options.clip:
         made.clip()
     return made
-
-
-def _duration(ns: int) -> str:
-    seconds = ns / NS_PER_S
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
-
-
-def _factor(speed: Fraction) -> str:
-    return f"{float(speed):g}x"
