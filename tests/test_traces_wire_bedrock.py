@@ -2,6 +2,7 @@
 
 import json
 import random
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ def test_requests_are_told_by_their_path() -> None:
 
 
 def test_amazons_own_client_reads_the_same_stream() -> None:
-    session = pytest.importorskip("botocore.session").get_session()
+    session = import_module("botocore.session").get_session()
     session.set_credentials("a", "b")
     with served(b"".join(CONVERSE.parts), EVENT_STREAM) as url:
         client = session.create_client("bedrock-runtime", "us-east-1", endpoint_url=url)

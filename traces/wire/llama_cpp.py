@@ -11,14 +11,14 @@ from typing import Any, Final
 from tokentape.traces import schema
 from tokentape.traces.wire import untrusted
 from tokentape.traces.wire.objects import (
-    ObjectStream,
+    CountingStream,
     ObjectWhole,
     name_reply,
     scaled_ns,
     take_times,
     take_usage,
 )
-from tokentape.traces.wire.reply import Facts, Framing
+from tokentape.traces.wire.reply import Facts
 from tokentape.traces.wire.request import Prompt, RequestFacts
 from tokentape.traces.wire.request_body import (
     I64,
@@ -76,15 +76,14 @@ def read_completion(data: bytes | bytearray) -> RequestFacts:
     return RequestFacts(known(columns))
 
 
-class Stream(ObjectStream):
-    """A streamed reply."""
+class Stream(CountingStream):
+    """A streamed reply; `_told` is by prompt."""
 
-    def __init__(self, http_status: int, framing: Framing) -> None:
-        super().__init__(http_status, framing)
-        self._told: dict[int, dict[str, Any]] = {}  # the last numbers, by prompt
+    def _times(self, told: dict[str, Any]) -> None:
+        _times(self.facts, told)
 
-    def _counts(self, usage: dict[str, Any]) -> dict[str, int]:
-        return _counts(list(self._told.values()))
+    def _sum(self, told: list[dict[str, Any]]) -> dict[str, int]:
+        return _counts(told)
 
     def _object(self, name: bytes, value: dict[str, Any]) -> None:
         if error := value.get("error"):
@@ -106,19 +105,6 @@ class Stream(ObjectStream):
             self.events.event(schema.TEXT, size, index, -1, count)
         else:
             self.events.empty(index, end, over, count=count)
-
-    def _conclude(self) -> None:
-        for told in self._told.values():
-            _times(self.facts, told)
-            self._use(told)
-        super()._conclude()
-
-    def _more(self) -> list[Any]:
-        return [*super()._more(), [[index, dict(told)] for index, told in self._told.items()]]
-
-    def _resume(self, more: list[Any]) -> None:
-        super()._resume(more)
-        self._told = {index: told for index, told in more[4]}  # noqa: C416 - lists, not pairs
 
 
 class Whole(ObjectWhole):

@@ -71,6 +71,41 @@ class ObjectStream(StreamParser):
         facts.error = facts.error_type is not None
 
 
+class CountingStream(ObjectStream):
+    """A streamed reply whose messages count up, each for its own choice or prompt.
+
+    A dialect puts the last numbers of each into `_told`, and says what they come to.
+    """
+
+    def __init__(self, http_status: int, framing: Framing) -> None:
+        super().__init__(http_status, framing)
+        self._told: dict[int, dict[str, Any]] = {}
+
+    @abstractmethod
+    def _times(self, told: dict[str, Any]) -> None:
+        """Set the server's own times."""
+
+    @abstractmethod
+    def _sum(self, told: list[dict[str, Any]]) -> dict[str, int]:
+        """Token columns of all choices together."""
+
+    def _counts(self, usage: dict[str, Any]) -> dict[str, int]:
+        return self._sum(list(self._told.values()))
+
+    def _conclude(self) -> None:
+        for told in self._told.values():
+            self._times(told)
+            self._use(told)
+        super()._conclude()
+
+    def _more(self) -> list[Any]:
+        return [*super()._more(), [[index, dict(told)] for index, told in self._told.items()]]
+
+    def _resume(self, more: list[Any]) -> None:
+        super()._resume(more)
+        self._told = {index: told for index, told in more[4]}  # noqa: C416 - lists, not pairs
+
+
 class ObjectWhole(WholeParser):
     """A whole reply that is one JSON object, or an error body."""
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from tokentape.traces import schema
 from tokentape.traces.wire import untrusted
 from tokentape.traces.wire.objects import (
-    ObjectStream,
+    CountingStream,
     ObjectWhole,
     name_reply,
     scaled_ns,
@@ -91,17 +91,19 @@ def _is_batch(ids: Any) -> bool:
     return isinstance(ids, list) and any(isinstance(item, list) for item in ids)
 
 
-class Stream(ObjectStream):
-    """A streamed reply."""
+class Stream(CountingStream):
+    """A streamed reply; `_told` are the numbers of meta_info, by choice."""
 
     def __init__(self, http_status: int, framing: Framing) -> None:
         super().__init__(http_status, framing)
         self._texts: dict[int, tuple[int, int]] = {}  # size and hash of the last text, by choice
-        self._told: dict[int, dict[str, Any]] = {}  # the last numbers of meta_info, by choice
         self._only_new = False  # texts are not repeated
 
-    def _counts(self, usage: dict[str, Any]) -> dict[str, int]:
-        return _counts(list(self._told.values()))
+    def _times(self, told: dict[str, Any]) -> None:
+        _times(self.facts, told)
+
+    def _sum(self, told: list[dict[str, Any]]) -> dict[str, int]:
+        return _counts(told)
 
     def _object(self, name: bytes, value: dict[str, Any]) -> None:
         meta = value.get("meta_info")
@@ -136,21 +138,13 @@ class Stream(ObjectStream):
             return size
         return size - before
 
-    def _conclude(self) -> None:
-        for told in self._told.values():
-            _times(self.facts, told)
-            self._use(told)
-        super()._conclude()
-
     def _more(self) -> list[Any]:
         sizes = [[index, size] for index, (size, _) in self._texts.items()]
-        told = [[index, dict(numbers)] for index, numbers in self._told.items()]
-        return [*super()._more(), sizes, told, self._only_new]
+        return [*super()._more(), sizes, self._only_new]
 
     def _resume(self, more: list[Any]) -> None:
         super()._resume(more)
-        self._texts = {index: (size, 0) for index, size in more[4]}
-        self._told = {index: numbers for index, numbers in more[5]}  # noqa: C416 - lists, not pairs
+        self._texts = {index: (size, 0) for index, size in more[5]}
         self._only_new = more[6]
 
 
