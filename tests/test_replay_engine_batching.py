@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tokentape.replay.engine.batching import Batch, Sequence, Step
@@ -164,6 +164,18 @@ def test_cached_tokens_are_a_prefix_that_an_earlier_request_had(
             assert any(other.tokens[:cached] == prefix for other in sequences[:number])
 
 
+PREEMPTED_AND_SHARED = (  # the last one's prefix is computed by the one before it meanwhile
+    *[Load(0, 0, 0, 1, output, None) for output in (1, 1, 1, 1, 1, 6, 5, 5)],
+    *(Load(0, 0, 4, 24, 2, None), Load(0, 0, 4, 21, 1, None)),
+)
+
+
+@example(
+    dataclasses.replace(
+        BASE, max_batched_tokens=25, max_sequences=3, kv_tokens=48, prefix_cache=True
+    ),
+    list(PREEMPTED_AND_SHARED),
+)
 @given(profiles, loads)
 def test_every_token_is_computed_once_unless_cached_or_preempted(
     profile: Profile, load: list[Load]
@@ -175,8 +187,11 @@ def test_every_token_is_computed_once_unless_cached_or_preempted(
         for sequence, tokens in step.prefill:
             computed[sequence] += tokens
         computed.update(step.decode)
-    for sequence in sequences:
-        least = len(sequence.tokens) - 1 - sequence.cached_tokens
+    size = profile.block_tokens
+    for item, sequence in zip(load, sequences, strict=True):
+        # One that was preempted may find more than at first: what others computed meanwhile.
+        meanwhile = min(item.shared, item.prompt) // size * size if sequence.preemptions else 0
+        least = len(sequence.tokens) - 1 - max(sequence.cached_tokens, meanwhile)
         assert computed[sequence] >= least
         if not sequence.preemptions:
             assert computed[sequence] == least
