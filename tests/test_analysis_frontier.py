@@ -5,6 +5,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rows import MS, make_tape, streamed_row
@@ -127,3 +128,74 @@ def test_a_fleet_needs_a_run_that_meets_the_slo_and_says_its_gpus(folder: Path) 
         pytest.raises(UsageError, match="give --gpus"),
     ):
         fleet(session, "prod")
+
+
+def test_every_axis_and_who_is_dominated_agree_with_a_loop_over_random_runs(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(8)
+    runs = {f"r{i}": random_run(rng, model="ab"[i % 2]) for i in range(6)}
+    tapes = [make_tape(tmp_path / name, rows) for name, rows in runs.items()]
+    limit = Slo("s", {"tpot": 40 * MS})
+    told = {name: Hardware(gpus=1 + i % 3, usd_per_gpu_hour=2) for i, name in enumerate(runs)}
+    with connect(tapes, hardware=told, slos=[limit]) as session:
+        found = frontier(session, attain=0.8)
+    points = {p["run"]: p for p in found.points}
+    for name, rows in runs.items():
+        agree_on_point(points[name], rows, told[name].gpus or 0)
+    axes = {n: (p["tokens_per_s_user"], p["tokens_per_s_gpu"]) for n, p in points.items()}
+    worse = {
+        name
+        for name, (user, gpu) in axes.items()
+        for other, (more_user, more_gpu) in axes.items()
+        if points[name]["model"] == points[other]["model"] and (user, gpu) != (more_user, more_gpu)
+        if more_user >= user and more_gpu >= gpu
+    }
+    assert {n for n, p in points.items() if p["dominated"]} == worse != set()
+    able = [n for n, p in points.items() if p["attainment"] >= 0.8]
+    assert 0 < len(able) < len(points)
+    assert found.operating == max(able, key=lambda n: axes[n][1])
+
+
+def random_run(rng: np.random.Generator, model: str) -> list[dict[str, Any]]:
+    """Requests at random times, each with a speed of its own; some fail, some are sampled."""
+    mean_ms, rows = rng.uniform(10, 60), []
+    for at in np.sort(rng.integers(0, 20 * S, 60)).tolist():
+        gaps = rng.exponential(mean_ms * 1000, TOKENS).astype(int) + 1
+        off = np.cumsum(gaps).tolist()
+        ends = {"first_content_ns": at + off[0] * 1000, "last_content_ns": at + off[-1] * 1000}
+        row = streamed_row(0, TOKENS) | {"arrival_ns": at, "send_ns": at, "send_end_ns": at} | ends
+        row |= {"off_us": array("I", off), "end_ns": ends["last_content_ns"], "model": model}
+        row |= {"outcome": "ok" if rng.random() < 0.9 else "timeout"}
+        rows.append(row | {"sample_prob": 0.5 if rng.random() < 0.5 else None})
+    return rows
+
+
+def agree_on_point(point: dict[str, Any], rows: list[dict[str, Any]], gpus: float) -> None:
+    begin, end = point["from_ns"], point["until_ns"]
+    if point["measured_in"] == "whole run":
+        assert (begin, end) == (rows[0]["arrival_ns"], max(r["end_ns"] for r in rows))
+    weights = np.array([1 / (r["sample_prob"] or 1) for r in rows])
+    tpot_ns = np.array([(r["last_content_ns"] - r["first_content_ns"]) / 10 for r in rows])
+    ok = np.array([r["outcome"] == "ok" for r in rows])
+    inside = np.array([begin <= r["arrival_ns"] <= end for r in rows])
+    speeds, of = 1e9 / tpot_ns[ok & inside], weights[ok & inside]
+    middle = np.quantile(speeds, 0.5, method="inverted_cdf", weights=of)
+    slow = 1 / np.quantile(1 / speeds, 0.9, method="inverted_cdf", weights=of)
+    tokens = sum(
+        weight * sum(begin <= r["send_ns"] + off * 1000 <= end for off in r["off_us"])
+        for r, weight in zip(rows, weights, strict=True)
+    )
+    met = weights[ok & (tpot_ns <= 40 * MS)].sum() / weights.sum()
+    wanted = {
+        "replies": len(speeds),
+        "tokens_per_s_user": middle,
+        "tokens_per_s_user_p10": slow,
+        "offered_per_s": weights[inside].sum() / (end - begin) * 1e9,
+        "tokens_per_s_gpu": tokens / (end - begin) * 1e9 / gpus,
+        "usd_per_m_output": gpus * 2 * (end - begin) / 3.6e12 / tokens * 1e6,
+        "attainment": met,
+    }
+    assert {name: point[name] for name in wanted} == {
+        name: pytest.approx(value, rel=1e-9) for name, value in wanted.items()
+    }

@@ -45,6 +45,8 @@ WHERE outcome = 'ok' AND tpot_ns > 0 AND arrival_ns BETWEEN from_ns AND until_ns
 -- col dominated BOOLEAN: another run is better; NULL where an axis is not known
 CREATE VIEW frontier AS
 WITH
+  _windows AS MATERIALIZED (FROM _frontier_windows),  -- long to plan: each named once
+  _replies AS MATERIALIZED (FROM _frontier_replies),
   _models AS (
     SELECT run, arg_max(model, (requests, model)) AS model
     FROM (SELECT run, model, count(*) AS requests FROM requests WHERE model IS NOT NULL GROUP BY ALL)
@@ -53,14 +55,14 @@ WITH
   _speeds AS (
     SELECT key AS run, n, p50
     FROM (
-      WITH _s AS (SELECT run AS key, tokens_per_s AS value, weight FROM _frontier_replies)
+      WITH _s AS (SELECT run AS key, tokens_per_s AS value, weight FROM _replies)
       FROM quantiles('_s')
     )
   ),
   _slow AS (  -- the p10 of a speed is the p90 of its inverse
     SELECT key AS run, 1 / p90 AS p10
     FROM (
-      WITH _s AS (SELECT run AS key, 1 / tokens_per_s AS value, weight FROM _frontier_replies)
+      WITH _s AS (SELECT run AS key, 1 / tokens_per_s AS value, weight FROM _replies)
       FROM quantiles('_s')
     )
   ),
@@ -70,14 +72,14 @@ WITH
       sum(weight) * 1e9 / nullif(any_value(until_ns - from_ns), 0) AS offered_per_s,
       sum(weight * input_tokens) * 1e9 / nullif(any_value(until_ns - from_ns), 0) AS input_tokens_per_s
     FROM requests
-    JOIN _frontier_windows USING (run)
+    JOIN _windows USING (run)
     WHERE arrival_ns BETWEEN from_ns AND until_ns
     GROUP BY run
   ),
   _outputs AS (
     SELECT run, sum(weight * ntok) * 1e9 / nullif(any_value(until_ns - from_ns), 0) AS output_tokens_per_s
     FROM events
-    JOIN _frontier_windows USING (run)
+    JOIN _windows USING (run)
     WHERE t_ns BETWEEN from_ns AND until_ns
     GROUP BY run
   ),
@@ -111,7 +113,7 @@ WITH
     FROM tapes
     LEFT JOIN _models USING (run)
     LEFT JOIN hardware USING (run)
-    LEFT JOIN _frontier_windows USING (run)
+    LEFT JOIN _windows USING (run)
     LEFT JOIN _speeds USING (run)
     LEFT JOIN _slow USING (run)
     LEFT JOIN _offers USING (run)
