@@ -48,6 +48,7 @@ _TAPES = pa.schema(
         ("sealed_events", pa.int64()),
         ("unsealed_requests", pa.int64()),
         ("lost_requests", pa.int64()),
+        ("sampled_out_requests", pa.int64()),
         ("damaged_segments", pa.int64()),
         ("facts", pa.string()),
     ]
@@ -231,6 +232,7 @@ def _tape_row(tape: Tape, run: str) -> dict[str, Any]:
         "sealed_events": tape.events,
         "unsealed_requests": tape.unsealed_rows + tape.open_rows,
         "lost_requests": sum(tape.losses.values()),
+        "sampled_out_requests": tape.sampled_out,
         "damaged_segments": len(tape.damaged),
         "facts": json.dumps(tape.facts),
     }

@@ -35,7 +35,7 @@ SEAL_TIMEOUT_S = 60.0
 
 @dataclass
 class CaptureSummary:
-    """What was captured, and what was not; seen = rows + unsealed + losses."""
+    """What was captured, and what was not; seen = rows + unsealed + sampled_out + losses."""
 
     seen: int = 0
     rows: int = 0
@@ -43,6 +43,7 @@ class CaptureSummary:
     losses: dict[str, int] = field(default_factory=dict)
     unsealed: int = 0
     lost_reads: int = 0
+    sampled_out: int = 0
     proxy_errors: int = 0
 
     def add(self, seen: int, rows: int, events: int, losses: dict[str, int]) -> None:
@@ -57,12 +58,14 @@ class CaptureSummary:
         """One line for people."""
         lost = ", ".join(f"{n} lost ({reason})" for reason, n in sorted(self.losses.items()))
         tail = f"; {lost}" if lost else "; nothing lost"
+        out = f", {self.sampled_out} sampled out" if self.sampled_out else ""
         if self.lost_reads:
             tail += f"; {self.lost_reads} pieces of streams lost"
         if self.unsealed:
             tail += f"; {self.unsealed} wait in the journal for `tokentape recover`"
         errors = f"; {self.proxy_errors} proxy errors" if self.proxy_errors else ""
-        return f"{self.seen} requests seen, {self.rows} rows, {self.events} events{tail}{errors}"
+        kept = f"{self.rows} rows{out}, {self.events} events"
+        return f"{self.seen} requests seen, {kept}{tail}{errors}"
 
 
 def capture(
@@ -148,7 +151,15 @@ def _ready_tape(options: CaptureOptions, upstream: str) -> tuple[int, bytes]:
     else:
         key = load_key(options.tape, options.key_file)
         key_id = Privacy(options.content, key).key_id
-    given = {"upstream": upstream, "listen": options.listen, "content": options.content}
+    given: dict[str, Any] = {
+        "upstream": upstream,
+        "listen": options.listen,
+        "content": options.content,
+    }
+    if options.keep is not None:
+        given["keep"] = options.keep.as_dict()
+    if options.session_headers:
+        given["session_headers"] = options.session_headers
     lock_fd = make_ready(
         options.tape,
         role="capture",
@@ -171,6 +182,7 @@ def _total(
         total.add(one["seen"], one["rows"], one["events"], one["losses"])
         total.unsealed += one["unsealed"]
         total.lost_reads += one["lost_reads"]
+        total.sampled_out += one["sampled_out"]
         total.proxy_errors += one["proxy_errors"]
         told |= set(one["incarnations"])
     if deaths:
@@ -191,3 +203,4 @@ def _add_dead(total: CaptureSummary, options: CaptureOptions, told: set[str]) ->
             losses = tape.facts["losses"].get(name, {})
             total.add(seen, sum(s.rows for s in own), sum(s.events for s in own), losses)
             total.lost_reads += tape.facts.get("lost_reads", {}).get(name, 0)
+            total.sampled_out += tape.facts.get("sampled_out", {}).get(name, 0)

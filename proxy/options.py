@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tokentape.traces.errors import UsageError
+from tokentape.traces.keep import Keep
 from tokentape.traces.sampler import Sources
 from tokentape.traces.words import Mode
 
@@ -29,6 +30,8 @@ class CaptureOptions:
     certificate: Path | None = None  # PEM with key and chain: the listening side speaks TLS
     upstream_ca: Path | None = None  # PEM of who signed the upstream's certificate
     metrics: str | None = None  # HOST:PORT of /metrics and /healthz
+    keep: Keep | None = None  # which finished requests get a row; None: all
+    session_headers: tuple[str, ...] = ()  # beside the known ones, in lower case
     telemetry: Sources = field(default_factory=Sources)  # the supervisor's; workers get none
 
 
@@ -46,7 +49,9 @@ def to_json(options: CaptureOptions, upstream: str) -> dict[str, Any]:
 def from_json(plain: dict[str, Any]) -> CaptureOptions:
     """The inverse of to_json."""
     paths = {n: Path(plain[n]) for n in _PATHS if plain[n] is not None}
-    return CaptureOptions(**(plain | paths))
+    keep = Keep(**plain["keep"]) if plain["keep"] is not None else None
+    headers = tuple(plain["session_headers"])
+    return CaptureOptions(**(plain | paths | {"keep": keep, "session_headers": headers}))
 
 
 def checked_upstream(url: str) -> str:

@@ -53,6 +53,7 @@ class Watching:
         alive = [s for name, s in by_slot.items() if name and s]
         added = [_worst(alive, f'tokentape_added_seconds{{"quantile":"{q}"}}') for q in (0.5, 0.99)]
         lost = sum(v for n, v in total.items() if n.startswith("tokentape_requests_lost_total"))
+        out = total.get("tokentape_requests_sampled_out_total{}", 0.0)
         requests = sum(v for n, v in total.items() if n.startswith("tokentape_requests_total"))
         parts = [
             f"{requests:,.0f} requests",
@@ -61,6 +62,7 @@ class Watching:
             f"added p50 {added[0] * 1e3:.2f} p99 {added[1] * 1e3:.2f} ms",
             f"late {_worst(alive, 'tokentape_loop_lag_max_seconds') * 1e3:.1f} ms",
             f"{lost:,.0f} lost",
+            *([f"{out:,.0f} sampled out"] if out else []),
             f"{shutil.disk_usage(self._tape).free / 1e9:,.1f} GB free",
         ]
         if any(s.get("tokentape_recording") == 0.0 for s in alive):

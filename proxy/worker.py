@@ -40,8 +40,15 @@ def main() -> None:
 def _work(control: socket.socket, hello: dict[str, Any]) -> dict[str, Any]:
     options, worker = from_json(hello["options"]), hello["worker"]
     bound = socket.socket(fileno=hello["listen_fd"])
-    about = {"content": options.content, "key": hello["key"], "fsync": options.fsync}
-    recorder = Recorder(options.tape, hello["lock_fd"], {"worker": worker} | about)
+    about = {
+        "worker": worker,
+        "content": options.content,
+        "key": hello["key"],
+        "fsync": options.fsync,
+        "keep": options.keep.as_dict() if options.keep is not None else None,
+        "session_headers": options.session_headers,
+    }
+    recorder = Recorder(options.tape, hello["lock_fd"], about)
     control.setblocking(False)
     with asyncio.Runner(loop_factory=RelayLoop) as runner:
         errors = runner.run(_serve(control, options, bound, recorder, worker))

@@ -155,6 +155,7 @@ class Plan:
             "prefixes_before": len(self.prefixes) if self.prefixes is not None else None,
             "without_output": int((outputs < 1).sum()),
             "several_choices": int(source.several_choices[index].sum()),
+            "sampled_of": source.sampled_of,
         }
 
     def clip(self) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Half of what one core was measured to carry without misreporting (docs/accuracy.md).
 REQUESTS_PER_WORKER, EVENTS_PER_WORKER = 1_000, 25_000
+MULTIPLY_STEP = 0.02  # of the load: what is restored nearer than this is not talked about
 COARSE_ARRIVALS_NS = 100_000_000  # arrivals stamped no finer than this come in bursts of their own
 
 
@@ -93,6 +94,7 @@ def warnings(plan: "Plan") -> list[str]:
             f"the tape's arrivals are {step / NS_PER_S:.1f} s apart or together: its "
             "bursts are those of its clock, not of its users (--spread)"
         )
+    found += _sample_notes(plan)
     found += _operator_notes(plan)
     found += plan.turns.notes()
     found += _length_notes(plan)
@@ -111,6 +113,21 @@ def warnings(plan: "Plan") -> list[str]:
     for counted in (plan.source.guessed, plan.source.unlike):
         found += [f"{n} {what}" for what, n in counted.items()]
     return found
+
+
+def _sample_notes(plan: "Plan") -> list[str]:
+    """The load that a sampled capture did not keep, and what puts it back."""
+    of = plan.source.sampled_of
+    if of <= 1:
+        return []
+    asked = plan.options.operators.multiply
+    missing = of / float(asked or 1)
+    rate = plan.figures["mean_per_s"]
+    if missing <= 1 + MULTIPLY_STEP / 2:
+        return [f"the capture kept one session of {of:.4g}; --multiply puts their load back"]
+    said = f"the capture kept one session of {of:.4g}: "
+    said += f"this plan's {rate:.4g}/s stand for about {rate * missing:.4g}/s of the traffic"
+    return [f"{said}; --multiply {round(of, 2):g}x offers as much, sharing no more prefixes"]
 
 
 def _too_much(plan: "Plan") -> list[str]:

@@ -22,6 +22,7 @@ from tokentape.replay.rows import Group, TapeRows
 from tokentape.replay.schedule import NS_PER_S, Ints, Offered, Schedule
 from tokentape.replay.sessions import numbered, of_copies, text_digests
 from tokentape.traces.errors import TapeError
+from tokentape.traces.keep import ERROR, SESSION, SLOW
 from tokentape.traces.reader import Tape
 from tokentape.traces.schema import REQUESTS
 
@@ -34,6 +35,7 @@ MOST_TOKENS = (1 << 31) - 1  # of one request
 GENERATING = ("chat", "text_completion")
 NO_ENGINE = "never reached an engine ({})"
 NO_TOKENS = "has no output token count"
+KEPT_ALONE = "kept only for being slow or failed, without its session (sampled capture)"
 CONSTRAINED = (
     "requests of the tape had to be answered in a form (JSON, grammar, tool): replayed free"
 )
@@ -53,6 +55,7 @@ _COLUMNS = (
     *("input_tokens", "planned_input_tokens", "output_tokens", "planned_output_tokens"),
     *("block_tokens", "block_unit", "prefix_partial"),
     *("response_format", "tool_choice", "image_count", "audio_count"),
+    *("sample_prob", "sample_reason"),
 )
 
 Flags = NDArray[np.bool_]
@@ -83,6 +86,7 @@ class Source:
     approximate_blocks: bool  # counted in bytes, so that shared prefixes are about right only
     guessed: dict[str, int]
     unlike: dict[str, int] = field(default_factory=dict)  # what a replay does not repeat
+    sampled_of: float = 1.0  # sessions of the traffic for each one on the tape
 
     def clipped(self, most_tokens: int) -> "Source":
         """With prompts cut so that prompt and output fit; an output that does not fit is cut."""
@@ -150,6 +154,7 @@ def read_source(
         approximate_blocks=scan.approximate_blocks,
         guessed={name: n for name, n in guessed.items() if n},
         unlike={name: n for name, n in scan.unlike.items() if n},
+        sampled_of=scan.sampled_of,
     )
     return source, offered
 
@@ -217,6 +222,7 @@ class _Scan:
         self.aborts = AbortScan()
         self.unlike = dict.fromkeys((CONSTRAINED, MEDIA), 0)
         self.with_blocks = self.approximate_blocks = False
+        self._drawn, self._drawn_of = 0, 0.0  # rows that were drawn, requests that they stand for
 
     def take(self, table: pa.Table) -> None:
         """Add a batch."""
@@ -231,12 +237,25 @@ class _Scan:
         self.links.take(table, here.start)
         self.aborts.take(table, here.start)
         self.with_blocks |= table["block_unit"].null_count < table.num_rows
+        self._take_drawn(table)
         self._take_unlike(table)
         self._take_inputs(table, here)
         self._take_outputs(table, here)
         if "block_hashes" in table.column_names:
             self._take_byte_blocks(table)
         self._at = here.stop
+
+    def _take_drawn(self, table: pa.Table) -> None:
+        """Slow and failed rows weigh 1 in any case, so only the others tell the sampled share."""
+        prob = table["sample_prob"].to_numpy()
+        drawn = _flags(pc.equal(table["sample_reason"], SESSION)) & (prob < 1)
+        self._drawn += int(drawn.sum())
+        self._drawn_of += float((1 / prob[drawn].astype(np.float64)).sum())
+
+    @property
+    def sampled_of(self) -> float:
+        """Sessions of the traffic for each one on the tape; 1 where it was not sampled."""
+        return self._drawn_of / self._drawn if self._drawn else 1.0
 
     def _take_unlike(self, table: pa.Table) -> None:
         """Output that had to have a form is faster or slower to make than output that is free."""
@@ -287,15 +306,17 @@ class _Scan:
             (1, f"operation {name}", _flags(pc.equal(operation, name)))
             for name in sorted(set(pc.unique(operation).to_pylist()) - set(GENERATING))
         ]
+        alone = pc.is_in(table["sample_reason"], pa.array([ERROR, SLOW]))
+        rules.append((2, KEPT_ALONE, _flags(alone)))
         if not self._include_failed:
             refused = _flags(pc.equal(outcome, "connect_error"))
-            rules += [(2, NO_ENGINE.format("connect_error"), refused)]
+            rules += [(3, NO_ENGINE.format("connect_error"), refused)]
             rules += [
-                (3, NO_ENGINE.format(f"http_error {code}"), failed & (status == code))
+                (4, NO_ENGINE.format(f"http_error {code}"), failed & (status == code))
                 for code in np.unique(status[failed]).tolist()
             ]
             unknown = (tokens < 0) & _flags(pc.is_in(outcome, pa.array(["ok", ""])))
-            rules += [(4, NO_TOKENS, unknown)]
+            rules += [(5, NO_TOKENS, unknown)]
         reason = np.zeros(table.num_rows, dtype=np.int8)
         for rank, name, mask in rules:
             if mask.any():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from replay_server import Seen, Step, plain, serve, streamed
+from tokentape.replay.asked import Asked
 from tokentape.replay.options import ReplayOptions
 from tokentape.replay.plan import make_plan
 from tokentape.replay.prompts import Length
@@ -369,3 +370,34 @@ def test_what_a_candidate_says_of_itself_is_kept_and_what_the_user_says_outranks
     kept = {name: candidate.get(name) for name in told}
     assert kept == told | ({"tp": "8"} if "tp" in told else {})
     assert ("engine" in candidate) == ("engine" in told)
+
+
+def test_a_sampled_capture_is_replayed_by_its_whole_sessions_and_the_missing_load_is_said(
+    tmp_path: Path,
+) -> None:
+    drawn = {"sample_prob": 0.25, "sample_reason": "session", "session_id": "a"}
+    rows: list[dict[str, Any]] = [
+        drawn,
+        drawn | {"sample_prob": 1.0},  # slow, and of a session that was drawn
+        drawn | {"session_id": "b"},
+        {"sample_prob": 1.0, "sample_reason": "slow", "session_id": "c"},
+        {"sample_prob": 1.0, "sample_reason": "error", "outcome": "http_error", "session_id": "d"},
+    ]
+    source = tape(tmp_path / "t", rows)
+    plan = make_plan(options(source, include_failed=True), offline=True)
+    assert plan.figures["requests"] == 3 and plan.figures["sampled_of"] == 4
+    (reason,) = plan.figures["left_out"]
+    assert "without its session" in reason and plan.figures["left_out"][reason] == 2
+    (note,) = [w for w in plan.warnings() if "one session of 4" in w]
+    rate = plan.figures["mean_per_s"]
+    assert f"this plan's {rate:.4g}/s stand for about {4 * rate:.4g}/s" in note
+    assert "--multiply 4x offers as much" in note
+    for factor, left in ((4, None), (2, 2)):
+        asked = Asked(multiply=Fraction(factor))
+        multiplied = make_plan(options(source, operators=asked), offline=True)
+        (note,) = [w for w in multiplied.warnings() if "one session of 4" in w]
+        assert ("puts their load back" in note) == (left is None)
+        if left:
+            assert f"about {left * multiplied.figures['mean_per_s']:.4g}/s" in note
+    whole = make_plan(options(tape(tmp_path / "u", [{}, {}])), offline=True)
+    assert not [w for w in whole.warnings() if "one session of" in w]

@@ -5,7 +5,7 @@ to the rows has passed the privacy mode. It never raises on what a client or a s
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -16,6 +16,7 @@ from tokentape.traces.blocks import MAX_BODY_BYTES
 from tokentape.traces.chunked import ChunkDecoder
 from tokentape.traces.clock import TapeClock
 from tokentape.traces.identity import request_id
+from tokentape.traces.keep import UNTIL_ITS_END, Keep
 from tokentape.traces.open_request import OpenRequest, State, Unfinished
 from tokentape.traces.privacy import Privacy
 from tokentape.traces.retry_after import retry_after_s
@@ -33,6 +34,7 @@ METHODS = (b"GET", b"HEAD", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"CONNECT",
 # Columns that this process made itself, which a row keeps whatever else was wrong with it.
 _ALWAYS_SOUND = frozenset(
     {"request_id", "arrival_ns", "send_ns", "host", "worker", "outcome", "parse_status", "end_ns"}
+    | UNTIL_ITS_END.keys()
 )
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _UINT32_END = 1 << 32
@@ -52,6 +54,9 @@ class Sink(Protocol):
     def finished(self, stream: int, row: dict[str, Any]) -> None:
         """A request's final row."""
 
+    def left_out(self, stream: int, row: dict[str, Any]) -> None:
+        """A request has ended whose row is not kept, by intent."""
+
     def sampled(self, samples: list[tuple[int, int, str, str, str, float]]) -> None:
         """Telemetry samples, in tape time."""
 
@@ -59,7 +64,14 @@ class Sink(Protocol):
 class Assembler:
     """Turns blocks into rows. `seen` counts requests opened, `open` holds those that still run."""
 
-    def __init__(self, clock: TapeClock, privacy: Privacy, sink: Sink) -> None:
+    def __init__(
+        self,
+        clock: TapeClock,
+        privacy: Privacy,
+        sink: Sink,
+        keep: Keep | None = None,
+        session_headers: Iterable[bytes] = (),
+    ) -> None:
         self._clock = clock
         self._privacy = privacy
         self._sink = sink
@@ -69,7 +81,9 @@ class Assembler:
         self.reads = 0  # pieces of replies
         self.lost_reads = 0  # of requests that another writer had, or whose row is closed
         self._bodies_bytes = 0
-        self._turns = Turns(privacy)
+        self.sampled_out = 0
+        self._keep = keep  # None: every row
+        self._turns = Turns(privacy, session_headers)
 
     def take(self, block: memoryview) -> None:
         """Read every record of a block."""
@@ -169,6 +183,8 @@ class Assembler:
             request.coding = coding_of(_coding(head[2]) or "")
         else:
             request.body = None
+        if self._keep is not None:
+            row.update(UNTIL_ITS_END)
         self.open[stream] = request
         self.seen += 1
         self._sink.opened(stream, self._visible(row))
@@ -295,9 +311,21 @@ class Assembler:
         _mark_early(row)
         if request.turn is not None:
             row.update(self._turns.close(request.turn, row))
-        visible = self._visible(row)
+        kept = self._kept(request)
+        visible = self._visible(row if kept is None else row | kept)
         del self.open[stream]
-        self._sink.finished(stream, visible)
+        if kept is None:
+            self.sampled_out += 1
+            self._sink.left_out(stream, visible)
+        else:
+            self._sink.finished(stream, visible)
+
+    def _kept(self, request: OpenRequest) -> dict[str, Any] | None:
+        """The sample columns of a request that has ended; None when it gets no row."""
+        if self._keep is None:
+            return {}
+        draw = request.turn.draw if request.turn is not None else self._turns.alone(request.row)
+        return self._keep.judge(draw, request.row)
 
     def _telemetry(self, t_ns: int, payload: bytes) -> None:
         end_ns, source, samples = _decode(payload)

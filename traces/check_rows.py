@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from tokentape.traces.keep import ERROR, SESSION, SLOW
 from tokentape.traces.schema import AUX_CLASSES, EVENT_CLASSES, REQUESTS
 from tokentape.traces.words import CLOCKS, OUTCOMES
 
@@ -43,6 +44,7 @@ WORDS = {
     "origin": ("upstream", "proxy"),
     "block_unit": ("token", "byte"),
     "block_scope": ("tape", "key", "trace", "session"),
+    "sample_reason": (SESSION, ERROR, SLOW),
 }
 ADDS_UP = ("token_ids", "usage_cumulative", "usage_spread", "one_per_event")
 
@@ -131,6 +133,8 @@ def _numbers(rows: Rows) -> Broken:
     for name in NOT_NEGATIVE:
         values, known = rows.ints(name)
         yield f"{name} is negative", known & (values < 0)
+    prob = pc.fill_null(rows.column("sample_prob"), 1.0).to_numpy(zero_copy_only=False)
+    yield "sample_prob is no probability above 0", ~((prob > 0) & (prob <= 1))
     for part, whole in PARTS:
         (few, few_known), (all_, all_known) = rows.ints(part), rows.ints(whole)
         yield f"{part} is more than {whole}", few_known & all_known & (few > all_)

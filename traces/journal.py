@@ -1,9 +1,9 @@
 """The journal: parsed, mode-filtered records that are not sealed yet; survives kill -9.
 
 `journal/<incarnation>-<n>.journal` holds every row finished since the last seal and every request
-open now; after a seal the next file takes over. A record is length, CRC-32 and a msgpack array; a
-torn tail is dropped. COUNTS ends what belongs together: the blocks that it names are in the records
-before it, with all their consequences, and no other block is.
+open now; LEFT_OUT ends one that gets no row. After a seal the next file takes over. A record is
+length, CRC-32 and a msgpack array; a torn tail is dropped. COUNTS ends what belongs together: the
+blocks that it names are in the records before it, with all their consequences, and no other is.
 A row whose request id is in a segment of the same incarnation is sealed already.
 Only what has passed the privacy mode may be written here.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-OPEN, COLUMNS, EVENTS, ROW, TELEMETRY, CLOCK, COUNTS, STATE = range(8)
+OPEN, COLUMNS, EVENTS, ROW, TELEMETRY, CLOCK, COUNTS, STATE, LEFT_OUT = range(9)
 RACES = 10  # a reader that loses this often against a writer's rotation sees an empty journal
 _HEAD = struct.Struct("<II")
 _MAGIC = b"tokentape journal 1\n"
@@ -278,6 +278,8 @@ def _count_unsealed(tape: Path) -> tuple[int, int]:
         for kind, stream, *fields in read_records(file):
             if kind == OPEN:
                 opened.add(stream)
+            elif kind == LEFT_OUT:
+                opened.discard(stream)
             elif kind == ROW:
                 opened.discard(stream)
                 rows.append(fields[0])

@@ -36,6 +36,7 @@ class State(msgspec.Struct, array_like=True, gc=False):
     parse_status: str | None
     progress: Progress | None  # of a reply that is read as a stream
     coding: str = ""  # of the request's body
+    root: int | None = None  # see Turn
 
 
 @dataclass
@@ -126,6 +127,7 @@ class OpenRequest:
             self.row.get("parse_status"),
             self.parser.progress if isinstance(self.parser, StreamParser) else None,
             self.coding,
+            self.turn.root if self.turn is not None else None,
         )
 
     @classmethod
@@ -137,8 +139,7 @@ class OpenRequest:
                 row[name] -= offset_ns
         request = cls(row)
         state = left.state
-        if row.get("session_source") and "source_request_id" not in row:  # a replay knows its own
-            request.turn = Turn(row["session_id"], row["session_source"])
+        request.turn = _turn_of(row, state)
         if state is None:  # nothing came after its first record
             return request
         request.body_bytes, request.reply_bytes = state.body_bytes, state.reply_bytes
@@ -178,3 +179,12 @@ class OpenRequest:
             self.parser.body_bytes = self.reply_bytes
         if self.parser is not None:
             self.journaled = (len(self.parser.t_ns), len(self.parser.aux_t_ns))
+
+
+def _turn_of(row: dict[str, Any], state: State | None) -> Turn | None:
+    """What is left of a request's place in its session; a replay's rows know their own."""
+    if "source_request_id" in row:
+        return None
+    if row.get("session_source"):
+        return Turn(row["session_id"], row["session_source"])
+    return Turn(root=state.root) if state is not None and state.root is not None else None

@@ -76,6 +76,11 @@ class Tape:
                 total[reason] = total.get(reason, 0) + n
         return total
 
+    @property
+    def sampled_out(self) -> int:
+        """Requests that were seen and got no row by intent (`capture --sample`)."""
+        return sum(self.facts.get("sampled_out", {}).values())
+
     def read(self, columns: list[str] | None = None) -> pa.Table:
         """All sealed rows in order of arrival; columns that an old segment lacks are NULL."""
         names = columns or REQUESTS.names

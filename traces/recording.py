@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import msgspec
 from tokentape.traces import blocks, retry_after
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import TapeError
+from tokentape.traces.lives import Past, Summary
 from tokentape.traces.words import SESSION_HEADERS
 from tokentape.traces.writer_life import WriterLife
 
@@ -58,27 +59,6 @@ def say(line: str) -> None:
         sys.stderr.write(f"tokentape: {line}\n")
 
 
-def _read_later(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The headers that the writer reads; a head may be of any size, what is kept of it may not."""
-    return [(n, v) for n, v in headers if n.lower() in READ_HEADERS and len(v) <= MAX_VALUE_BYTES]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What became of everything seen: seen = rows + unsealed + the losses of whole rows.
-
-    `unsealed` rows are safe in the journal, but a full disk kept them from their segment.
-    `lost_reads` are pieces of replies that no row holds, because a process was killed.
-    """
-
-    seen: int
-    rows: int
-    events: int
-    losses: dict[str, int] = field(default_factory=dict)
-    unsealed: int = 0
-    lost_reads: int = 0
-
-
 class Recorder:
     """Records requests as streams of raw pieces; a stream number of 0 means not recorded."""
 
@@ -91,12 +71,14 @@ class Recorder:
     ) -> None:
         """A recorder on a tape whose lock is held; it takes over `lock_fd`.
 
-        `hello` is what the writer must know: worker, content, key, fsync, and the clock's anchor
-        where several processes share one. TapeError when it does not start.
+        `hello` is what the writer must know: worker, content, key, fsync; what of a capture is
+        kept (`keep.py`), session headers beside the known ones, and the clock's anchor where
+        several processes share one. TapeError when it does not start.
         """
         self.tape = tape
         self._lock_fd = lock_fd
         self._hello = hello
+        self._read_headers = READ_HEADERS.union(map(str.encode, hello.get("session_headers", ())))
         self._on_trouble = on_trouble
         self._waiting: deque[bytearray] = deque()
         self._waiting_bytes = 0
@@ -107,7 +89,7 @@ class Recorder:
         self._held: dict[int, int] = {}  # bytes of each stream since something waits
         self.losses: dict[str, int] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._past = _Past()
+        self._past = Past()
         self._dead: WriterLife | None = None
         self._ancestors: dict[str, int] = {}  # see `inherit.py`
         self._deaths = 0  # of writers in a row that confirmed nothing
@@ -162,7 +144,7 @@ class Recorder:
         self._counters[blocks.OPENED] += 1
         if head is not None:
             method, target, headers = head
-            head = (method[:32], target[:MAX_VALUE_BYTES], _read_later(headers))
+            head = (method[:32], target[:MAX_VALUE_BYTES], self._read_later(headers))
         self._put(blocks.OPEN, self._streams, t_ns, lag_us, _encode([row, head]))
         return self._streams
 
@@ -187,7 +169,7 @@ class Recorder:
     ) -> None:
         """The reply's status and headers."""
         if stream:
-            payload = _encode([status, _read_later(headers)])
+            payload = _encode([status, self._read_later(headers)])
             self._put(blocks.REPLY_HEAD, stream, t_ns, lag_us, payload)
 
     def reply_data(
@@ -253,6 +235,11 @@ class Recorder:
             for at in range(0, len(data), blocks.MAX_PAYLOAD_BYTES):
                 piece = data[at : at + blocks.MAX_PAYLOAD_BYTES]
                 self._put(kind, stream, t_ns, lag_us, piece)
+
+    def _read_later(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """The headers that the writer reads; a head may be of any size, what is kept may not."""
+        read = self._read_headers
+        return [(n, v) for n, v in headers if n.lower() in read and len(v) <= MAX_VALUE_BYTES]
 
     def _put(
         self, kind: int, stream: int, t_ns: int, lag_us: int, payload: bytes | memoryview
@@ -443,48 +430,3 @@ class Recorder:
                 seen[name] = seen.get(name, 0) + sum(self.losses.values())
         seen = sum(self.losses.values())
         return self._past.summary(seen, 0, 0, self.losses)
-
-
-class _Past:
-    """What dead writers left on the tape, by what was recovered of each."""
-
-    def __init__(self) -> None:
-        self._rows = self._events = self._killed = self._lost_reads = 0
-        self._served: dict[str, float] = {}
-
-    def add(self, recovered: dict[str, int] | None) -> None:
-        """Count what one recovery found: `Recovered` as a dictionary."""
-        if recovered is not None:
-            self._rows += recovered["rows_on_tape"]
-            self._events += recovered["events"]
-            self._killed += recovered["lost_requests"]
-            self._lost_reads += recovered["lost_reads"]
-
-    def served_with(self, served: dict[str, float]) -> dict[str, float]:
-        """Counts of all writers together."""
-        added = {n: v + self._served.get(n, 0.0) for n, v in served.items()}
-        return self._served | added
-
-    def keep_served(self, served: dict[str, float]) -> None:
-        """A writer has died: its counts stay."""
-        self._served = self.served_with(served)
-
-    def summary(
-        self,
-        seen: int,
-        rows: int,
-        events: int,
-        losses: dict[str, int],
-        unsealed: int = 0,
-        lost_reads: int = 0,
-    ) -> Summary:
-        """The last writer's summary with all before it."""
-        killed = {"killed": self._killed + losses.get("killed", 0)} if self._killed else {}
-        return Summary(
-            seen + self._rows + self._killed,
-            rows + self._rows,
-            events + self._events,
-            losses | killed,
-            unsealed,
-            lost_reads + self._lost_reads,
-        )

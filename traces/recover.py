@@ -37,6 +37,7 @@ class Recovered:
     rows_on_tape: int
     lost_requests: int = 0
     lost_reads: int = 0
+    sampled_out: int = 0
 
     def __add__(self, other: "Recovered") -> "Recovered":
         pairs = zip(astuple(self), astuple(other), strict=True)
@@ -115,10 +116,12 @@ def _recover_file(tape: Path, incarnation: str, file: Path) -> Recovered:
             lost = lost_reads = 0
             _take_back(facts, incarnation, on_tape)
         else:
-            count_killed(facts, incarnation, on_tape, lost, lost_reads)
+            count_killed(facts, incarnation, on_tape, lost, lost_reads, left.sampled_out)
+        sampled_out = facts.get("sampled_out", {}).get(incarnation, 0)
     file.unlink()
     counter_path(tape, incarnation).unlink(missing_ok=True)
-    return Recovered(len(fresh), len(cut), writer.events_written, on_tape, lost, lost_reads)
+    events = writer.events_written
+    return Recovered(len(fresh), len(cut), events, on_tape, lost, lost_reads, sampled_out)
 
 
 _RECOVERED = re.compile(r"-r[0-9a-f]{6}$")  # see TapeWriter: sealed by a recovery
@@ -137,7 +140,12 @@ def _count_forgotten(tape: Path) -> None:
 
 
 def count_killed(
-    facts: dict[str, Any], incarnation: str, on_tape: int, lost: int, lost_reads: int
+    facts: dict[str, Any],
+    incarnation: str,
+    on_tape: int,
+    lost: int,
+    lost_reads: int,
+    sampled_out: int = 0,
 ) -> None:
     """Say of an incarnation that was killed what it had seen, and what of it is nowhere."""
     losses = dict(facts["losses"].get(incarnation, {}))  # what it had given up and said
@@ -145,7 +153,10 @@ def count_killed(
         losses["killed"] = losses.get("killed", 0) + lost
     if losses:
         facts["losses"][incarnation] = losses
-    facts["seen"] = facts.get("seen", {}) | {incarnation: on_tape + sum(losses.values())}
+    seen = on_tape + sum(losses.values()) + sampled_out
+    facts["seen"] = facts.get("seen", {}) | {incarnation: seen}
+    if sampled_out:
+        facts["sampled_out"] = facts.get("sampled_out", {}) | {incarnation: sampled_out}
     if lost_reads:
         facts["lost_reads"] = facts.get("lost_reads", {}) | {incarnation: lost_reads}
 
@@ -153,7 +164,8 @@ def count_killed(
 def _take_back(facts: dict[str, Any], incarnation: str, on_tape: int) -> None:
     """Rows that were given up, and of which the journal held something after all, are not lost."""
     losses = facts["losses"].get(incarnation, {})
-    found = on_tape + sum(losses.values()) - facts["seen"][incarnation]
+    sampled_out = facts.get("sampled_out", {}).get(incarnation, 0)
+    found = on_tape + sum(losses.values()) + sampled_out - facts["seen"][incarnation]
     for reason in [r for r in losses if r == "disk_full"]:
         losses[reason] -= min(max(found, 0), losses[reason])
         if not losses[reason]:
@@ -180,8 +192,24 @@ class Leftover:
     # How far it got, over all writers of one hot process: requests, pieces of replies.
     seen: int = 0
     reads: int = 0
+    sampled_out: int = 0
     blocks: int = 0  # of those that the hot process sent to the writer named `counted_by`
     counted_by: str = ""
+
+    def end(self, stream: int, packed: dict[str, Any] | None) -> None:
+        """Take a request's row, or None where it gets none by intent."""
+        self.open.pop(stream, None)
+        if packed is None:
+            self.sampled_out += 1
+        else:
+            self.finished.append(journal.unpack_row(packed))
+
+    def counted(
+        self, seen: int, reads: int, blocks: int, counted_by: str, sampled_out: int = 0
+    ) -> None:
+        """Take a COUNTS record; an old journal's has no `sampled_out`."""
+        self.seen, self.reads, self.blocks = seen, reads, blocks
+        self.counted_by, self.sampled_out = counted_by, sampled_out
 
 
 def replay_journal(file: Path, *, whole_blocks: bool = False) -> Leftover:
@@ -199,13 +227,12 @@ def replay_journal(file: Path, *, whole_blocks: bool = False) -> Leftover:
             left.clock = fields
         elif kind == journal.OPEN:
             left.open[stream] = Unfinished(journal.unpack_row(fields))
-        elif kind == journal.ROW:
-            left.open.pop(stream, None)
-            left.finished.append(journal.unpack_row(fields))
+        elif kind in (journal.ROW, journal.LEFT_OUT):
+            left.end(stream, fields)
         elif kind == journal.TELEMETRY:
             left.telemetry += fields
         elif kind == journal.COUNTS:
-            left.seen, left.reads, left.blocks, left.counted_by = fields
+            left.counted(*fields)
         elif (request := left.open.get(stream)) is not None:
             _learn(request, kind, fields)
     return left

@@ -294,8 +294,8 @@ def _columns() -> Iterable[Column]:
         "events later than 71.6 minutes after send_ns, which off_us cannot hold",
     )
     yield c("backpressure_ns", i64, "time that a slow client stopped upstream reads", "ns")
-    yield c("sample_prob", f32, "probability with which the row was kept; weight is its inverse")
-    yield c("sample_reason", text, "session, error, slow")
+    yield c("sample_prob", f32, "probability that a row like this is kept: 1 if error or slow; its inverse is the weight")
+    yield c("sample_reason", text, "session: drawn with its session; error, slow: kept for that alone, no whole session")
 
 
 COLUMNS: tuple[Column, ...] = tuple(_columns())

@@ -32,8 +32,10 @@ class Served:
         self._counters: dict[str, float] = {}
         self._histograms: dict[tuple[str, str], list[float]] = {}
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Count one finished row; instants are ns of one clock."""
+    def add(self, row: dict[str, Any], *, kept: bool = True) -> None:
+        """Count one finished request; instants are ns of one clock. `kept`: it gets a row."""
+        if not kept:
+            self._count("tokentape_requests_sampled_out_total", {}, 1)
         model = self._model(row.get("model") or row.get("model_requested") or "unknown")
         labels = {
             "gen_ai_operation_name": row.get("operation") or "unknown",

@@ -38,6 +38,8 @@ class Turn:
     previous: int | None = None  # the response that this request says it follows
     prompt: int | None = None  # all of it
     begins_with: list[int] = field(default_factory=list)  # beginnings that an answer follows
+    root: int | None = None  # the prompt of the first turn, whose answer all later ones repeat
+    draw: int = 0  # of its session, known at the end: see `keep.py`
 
 
 @dataclass
@@ -50,14 +52,17 @@ class Member:
     arrival_ns: int
     end_ns: int
     parents: list[bytes]
+    draw: int
     continued: bool = False
 
 
 class Turns:
     """Takes requests as they end; `close` says where each belongs."""
 
-    def __init__(self, privacy: Privacy) -> None:
+    def __init__(self, privacy: Privacy, headers: Iterable[bytes] = ()) -> None:
+        """`headers`: names in lower case by which clients name sessions, before the known ones."""
         self._privacy = privacy
+        self._headers = (*headers, *SESSION_HEADERS)
         self._prompts: OrderedDict[int, list[Member]] = OrderedDict()
         self._responses: OrderedDict[int, Member] = OrderedDict()
         self._sessions: OrderedDict[str, list[Member]] = OrderedDict()
@@ -72,7 +77,7 @@ class Turns:
     def told_by_head(self, headers: Iterable[tuple[bytes, bytes]]) -> Turn:
         """What the request's headers say; the first that names a session counts."""
         named = {name.lower(): value for name, value in headers}
-        for name in SESSION_HEADERS:
+        for name in self._headers:
             if value := named.get(name):
                 return Turn(self._privacy.digest(value, "session"), "header")
         return Turn()
@@ -99,6 +104,7 @@ class Turns:
                 turn.begins_with.append(int.from_bytes(found.digest()))
         if at == len(text):
             turn.prompt = int.from_bytes(found.digest())
+        turn.root = turn.begins_with[0] if turn.begins_with else turn.prompt
 
     def _mark(self, value: bytes, person: bytes) -> int:
         made = blake2b(value, digest_size=8, key=self._privacy.key, person=person)
@@ -107,6 +113,7 @@ class Turns:
     def close(self, turn: Turn, row: dict[str, Any]) -> dict[str, Any]:
         """The session columns of a request that has ended; later ones may wait for it."""
         follows = self._follows(turn, row["arrival_ns"])
+        turn.draw = self._draw(turn, follows, row["request_id"])
         session_id, source = turn.session_id, turn.source
         if session_id is None and follows is not None:
             session_id, source = follows.session_id, "body" if turn.previous else "prefix"
@@ -128,6 +135,24 @@ class Turns:
             columns["think_ns"] = row["arrival_ns"] - max(one.end_ns for one in waited)
         self._remember(turn, row, columns)
         return columns
+
+    def alone(self, row: dict[str, Any]) -> int:
+        """The draw of a request of which nothing else is known."""
+        return self._draw(Turn(), None, row["request_id"])
+
+    def _draw(self, turn: Turn, follows: Member | None, request_id: bytes) -> int:
+        """A number that all turns of a session share, on whatever worker they are.
+
+        It hangs on the session's name, else on the first turn's prompt, which every turn repeats;
+        where a turn says only which response it follows, on what this writer knows of that one.
+        """
+        if turn.session_id is not None:
+            return self._mark(turn.session_id.encode(), b"sample session")
+        if follows is not None:
+            return follows.draw
+        if turn.root is not None:
+            return self._mark(turn.root.to_bytes(8), b"sample root")
+        return self._mark(request_id, b"sample request")
 
     def _follows(self, turn: Turn, arrival_ns: int) -> Member | None:
         """The request whose answer this one goes on from: as it says, else by its prompt."""
@@ -156,6 +181,7 @@ class Turns:
             row["arrival_ns"],
             row["end_ns"],
             columns.get("parents", []),
+            turn.draw,
         )
         if turn.source is not None:
             _keep(self._sessions, member.session_id, member, MOST_SESSIONS, MOST_MEMBERS)

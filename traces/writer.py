@@ -77,6 +77,7 @@ class TapeWriter:
         self.segments_sealed = 0
         self.losses: dict[str, int] = {}
         self.seen = 0  # requests opened; 0 for an import, which counts its own
+        self.sampled_out = 0  # requests that get no row by intent
         self.lost_reads = 0  # pieces of replies that were seen and are in no row
         self.pending_bytes = 0
         self._lock_fd = lock_fd
@@ -171,6 +172,7 @@ class TapeWriter:
                 ("losses", self.losses),
                 ("seen", self.seen),
                 ("lost_reads", self.lost_reads),
+                ("sampled_out", self.sampled_out),
             ):
                 if mine:
                     facts[name] = facts.get(name, {}) | {self.incarnation: mine}

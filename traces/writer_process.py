@@ -27,6 +27,7 @@ from tokentape.traces.facts import read_facts
 from tokentape.traces.inherit import Inheritance, inherit
 from tokentape.traces.journal import Journal
 from tokentape.traces.journal_files import counter_path, reserve_path
+from tokentape.traces.keep import Keep
 from tokentape.traces.privacy import Privacy
 from tokentape.traces.recover import NOTHING, cut_row
 from tokentape.traces.served import Served
@@ -80,6 +81,11 @@ class TapeSink:
         self._served.add(row)
         self._told = False
 
+    def left_out(self, stream: int, row: dict[str, Any]) -> None:
+        self._journal(journals.LEFT_OUT, stream, None)
+        self._served.add(row, kept=False)
+        self._told = False
+
     def sampled(self, samples: list[tuple[int, int, str, str, str, float]]) -> None:
         begin, end = samples[0][:2] if samples else (0, 0)
         cores = [(begin, end, machine.SOURCE, *one) for one in machine.cpu_seconds() if samples]
@@ -122,6 +128,7 @@ class TapeSink:
             self._assembler.reads,
             self._blocks,
             self.writer.incarnation,
+            self._assembler.sampled_out,
         ]
         return journals.COUNTS, 0, counts
 
@@ -141,15 +148,19 @@ class TapeSink:
             counter_path(self.writer.tape, self.writer.incarnation).unlink(missing_ok=True)
             return 0
         unsealed = self._keep_journal()
-        lost = self.writer.seen - self.writer.rows_written - unsealed
+        lost = self.writer.seen - self.writer.rows_written - unsealed - self.writer.sampled_out
         self.writer.losses["disk_full"] = lost - self.writer.losses.get("rows_dropped", 0)
         self._free_reserve()
-        theirs = unsealed if self._estate is not None else 0  # `recover` puts them on those books
-        self.writer.seen -= theirs
+        # `recover` puts on their books what the dead have left.
+        theirs = unsealed if self._estate is not None else 0
+        their_out = self._estate.left.sampled_out if self._estate is not None else 0
+        self.writer.seen -= theirs + their_out
+        self.writer.sampled_out -= their_out
         if self._guard(lambda: self.writer.update_facts(**facts)) and self._estate is not None:
             for name in self._estate.names:  # what was lost is said, and not to be counted again
                 counter_path(self.writer.tape, name).unlink(missing_ok=True)
-        self.writer.seen += theirs
+        self.writer.seen += theirs + their_out
+        self.writer.sampled_out += their_out
         return unsealed
 
     def _keep_journal(self) -> int:
@@ -176,10 +187,11 @@ class TapeSink:
     def _seal(self) -> None:
         assert self._assembler is not None
         self._add_anchor()
-        if self.writer.seal() and self.journal is not None:
+        wrote = self.writer.seal()
+        if self.journal is not None:  # also when no row was kept: events of those left out go
             self.journal.rotate(self._unsealed())
-            if self.writer.losses:
-                self.writer.update_facts()
+        if wrote and self.writer.losses:
+            self.writer.update_facts()
 
     def _unsealed(self) -> Iterator[tuple[int, int, Any]]:
         """What a new journal begins with: all that no segment has."""
@@ -295,7 +307,8 @@ def take_over(estate: Inheritance, writer: TapeWriter, assembler: Assembler) -> 
         except Exception:  # noqa: BLE001 - one odd request must not end every successor
             writer.append(cut_row(request))
     assembler.seen, assembler.reads = left.seen, left.reads
-    return left.seen - len(estate.finished) - len(left.open)
+    assembler.sampled_out = left.sampled_out
+    return left.seen - len(estate.finished) - len(left.open) - left.sampled_out
 
 
 def count_gap(writer: TapeWriter, assembler: Assembler, counter: Path) -> None:
@@ -326,7 +339,13 @@ def main() -> None:
     name = hello["incarnation"]
     writer = TapeWriter(tape, lock_fd, clock.footer(), hello["worker"], name=name)
     sink = TapeSink(writer, channel, fsync=hello["fsync"], estate=estate)
-    assembler = Assembler(clock, Privacy(hello["content"], bytes.fromhex(hello["key"])), sink)
+    assembler = Assembler(
+        clock,
+        Privacy(hello["content"], bytes.fromhex(hello["key"])),
+        sink,
+        Keep(**hello["keep"]) if hello.get("keep") else None,
+        [name.encode() for name in hello.get("session_headers", ())],
+    )
     before = take_over(estate, writer, assembler) if estate else 0
     sink.attach(assembler)
     gc.collect()
@@ -344,6 +363,7 @@ def main() -> None:
     writer.losses |= hot_losses
     writer.seen = assembler.seen - before + sum(hot_losses.get(n, 0) for n in NEVER_OPENED)
     writer.lost_reads = assembler.lost_reads
+    writer.sampled_out = assembler.sampled_out
     if hello["ancestors"]:
         count_gap(writer, assembler, counter_path(tape, name))
     unsealed = sink.finish(end.get("finish", {}))
@@ -354,6 +374,7 @@ def main() -> None:
         "unsealed": unsealed,
         "losses": writer.losses,
         "lost_reads": writer.lost_reads,
+        "sampled_out": writer.sampled_out,
     }
     tell(channel, summary=summary)
 

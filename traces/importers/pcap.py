@@ -42,6 +42,9 @@ class _Rows:
     def learned(self, stream: int, columns: dict[str, Any]) -> None:
         """As opened."""
 
+    def left_out(self, stream: int, row: dict[str, Any]) -> None:
+        """Never: all rows are kept."""
+
     def sampled(self, samples: list[tuple[int, int, str, str, str, float]]) -> None:
         """A packet capture has no telemetry."""
 

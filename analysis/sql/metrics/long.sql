@@ -149,7 +149,9 @@ CREATE MACRO _coverage() AS TABLE
 SELECT
   run,
   sealed_requests AS attempted,
-  sealed_requests / nullif(sealed_requests + lost_requests + unsealed_requests, 0) AS of_requests,
+  (sealed_requests + sampled_out_requests) / nullif(
+    sealed_requests + sampled_out_requests + lost_requests + unsealed_requests, 0
+  ) AS of_requests,
   coalesce(sealed_events / nullif(sealed_events + coalesce(events_dropped, 0), 0), 1) AS of_events
 FROM tapes
 LEFT JOIN (

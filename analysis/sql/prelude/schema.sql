@@ -38,6 +38,7 @@ FROM _rows_of_tapes;
 -- col sealed_events BIGINT: events of these rows
 -- col unsealed_requests BIGINT: rows that wait in the journal, open requests included; no view shows them
 -- col lost_requests BIGINT: requests that were seen and are not on the tape, for whatever reason
+-- col sampled_out_requests BIGINT: requests that got no row because the capture was sampled
 -- col damaged_segments BIGINT: files that could not be read and were skipped
 -- col sampled BOOLEAN: some rows were kept with a probability below 1
 -- col facts JSON: tape.json

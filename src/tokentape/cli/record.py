@@ -2,13 +2,17 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from tokentape.cli import units
 from tokentape.cli.output import print_json, print_lines
 from tokentape.cli.progress import counting, live_line, say
+from tokentape.traces.errors import UsageError
+
+if TYPE_CHECKING:
+    from tokentape.traces.keep import Keep
 
 TapeToMake = Annotated[Path, typer.Option("--tape", metavar="DIR", help="The tape to write.")]
 Facts = Annotated[
@@ -59,6 +63,26 @@ def capture(
     workers: Annotated[
         int, typer.Option(metavar="N", min=1, max=256, help="Processes that share the port.")
     ] = 1,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Keep this share of the sessions, such as 10%; errors and slow requests always.",
+        ),
+    ] = None,
+    keep_slower: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ttft=T,e2e=T",
+            help="With --sample: what is slow, by default ttft=5s,e2e=1m from arrival.",
+        ),
+    ] = None,
+    session_header: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A header by which clients name their session. Repeatable."
+        ),
+    ] = None,
     fsync: Annotated[
         bool, typer.Option("--fsync", help="The journal survives a power cut, at some cost.")
     ] = False,
@@ -87,6 +111,8 @@ def capture(
     """
     units.address("--listen", listen)  # before a second goes by with imports
     facts = units.pairs("--fact", fact or [])
+    keep = _keep(sample, keep_slower)
+    headers = tuple(units.header_name("--session-header", name) for name in session_header or ())
     from tokentape.proxy.capture import capture as run
     from tokentape.proxy.options import CaptureOptions
     from tokentape.proxy.watching import Watching
@@ -106,6 +132,8 @@ def capture(
         certificate=cert,
         upstream_ca=upstream_ca,
         metrics=metrics,
+        keep=keep,
+        session_headers=headers,
         telemetry=Sources(tuple(metrics_url or ()), gpu, upstream_ca),
     )
     with live_line() as tell:
@@ -118,6 +146,24 @@ def capture(
     if summary.losses:
         lost = sum(summary.losses.values())
         say(f"tokentape: warning: the tape is incomplete: {lost} requests lost; see info {tape}")
+
+
+def _keep(sample: str | None, slower: str | None) -> "Keep | None":
+    """What a capture keeps; None for all. UsageError for a share of nothing."""
+    from tokentape.traces.keep import Keep
+
+    if sample is None:
+        if slower is not None:
+            raise UsageError("--keep-slower: says what is kept beside a sample; give --sample too")
+        return None
+    share = units.percent("--sample", sample)
+    if not share:
+        raise UsageError("--sample 0%: nothing would stand for the rest; give a share above 0%")
+    limits = units.pairs("--keep-slower", slower.split(",") if slower else [])
+    if unknown := limits.keys() - {"ttft", "e2e"}:
+        raise UsageError(f"--keep-slower {min(unknown)}: need ttft=TIME, e2e=TIME or both")
+    given = {f"{n}_ns": units.duration_ns(f"--keep-slower {n}", t) for n, t in limits.items()}
+    return Keep(float(share), **given)
 
 
 def import_(

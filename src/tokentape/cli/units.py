@@ -27,6 +27,7 @@ _RFC_3339 = re.compile(
 )
 _NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _LONGEST = 40  # characters of a number; more is a mistake, and costs time to convert
+_HEADER = re.compile(r"[0-9A-Za-z!#$%&'*+.^_`|~-]{1,64}")
 _INT64 = 2**63
 _LAST_PORT = 65535
 
@@ -39,6 +40,7 @@ PERCENT_FORM = "a share from 0% to 100% such as 50%"
 RATE_FORM = "a rate above zero such as 10/s or 600/m"
 SHARD_FORM = "I/N with I from 0 to N-1, such as 0/4"
 INSTANT_FORM = "an instant such as 2026-11-27T09:30:00Z, or unix seconds such as 1795771800"
+HEADER_FORM = "the name of an HTTP header such as X-Session-Id"
 ADDRESS_FORM = "HOST:PORT such as 127.0.0.1:8080; port 0 takes any free one"
 
 
@@ -140,6 +142,13 @@ def instant_unix_ns(option: str, text: str) -> int:
     if ns >= _INT64:
         raise _refusal(option, text, INSTANT_FORM)
     return ns
+
+
+def header_name(option: str, text: str) -> str:
+    """The name of an HTTP header, in lower case. Source: RFC 9110, section 5.6.2 (token)."""
+    if not _HEADER.fullmatch(text):
+        raise _refusal(option, text, HEADER_FORM)
+    return text.lower()
 
 
 def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
