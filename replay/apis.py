@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 Endpoint = Literal["completions", "chat", "responses", "anthropic", "sglang", "tgi"]
 
-Wanted = Literal["recorded"] | Endpoint  # recorded: chat or completions, as the request was
+Wanted = Literal["recorded"] | Endpoint  # recorded: each request in the API that it came in
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,11 @@ APIS: Final[dict[Endpoint, Api]] = {
         settings={"details": True},
     ),
 }
+ENDPOINTS: Final[tuple[Endpoint, ...]] = tuple(APIS)  # a request's API is its number in here
+OF_FORMAT: Final = {APIS[name].wire_format: number for number, name in enumerate(ENDPOINTS)}
+COMPLETIONS, CHAT = ENDPOINTS.index("completions"), ENDPOINTS.index("chat")
+
+
+def endpoint(wanted: Wanted, recorded: int) -> Endpoint:
+    """The API of a request: the one that it came in, by number, unless another is wanted."""
+    return ENDPOINTS[recorded] if wanted == "recorded" else wanted

@@ -6,10 +6,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from tokentape.replay.apis import Wanted
+from tokentape.replay.apis import ENDPOINTS, Wanted
 from tokentape.replay.asked import Asked
 from tokentape.replay.sessions import Shard
-from tokentape.replay.targets import ENDPOINTS, HEADER_NAME, OURS, redacted
+from tokentape.replay.targets import HEADER_NAME, OURS, redacted
 from tokentape.replay.trust import trust
 from tokentape.replay.turns import Turns
 from tokentape.traces.errors import UsageError

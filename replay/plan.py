@@ -14,6 +14,7 @@ import numpy as np
 
 from tokentape.replay import plan_words
 from tokentape.replay.ahead import Outgoing
+from tokentape.replay.apis import ENDPOINTS, endpoint
 from tokentape.replay.beforehand import Prefixes
 from tokentape.replay.capacity import STREAM_GAP_S, TOKEN_BYTES, Demand, Fit, Machine
 from tokentape.replay.options import ReplayOptions
@@ -22,7 +23,7 @@ from tokentape.replay.reuse import names_of, repeated_blocks
 from tokentape.replay.schedule import NS_PER_S, Schedule, ScheduleOptions, make_schedule
 from tokentape.replay.sessions import Numbers, of_copies, shard_of
 from tokentape.replay.shape import Shapes
-from tokentape.replay.share import Share, endpoint
+from tokentape.replay.share import Share
 from tokentape.replay.source import Source, read_source
 from tokentape.replay.targets import (
     Address,
@@ -67,7 +68,7 @@ class Plan:
             copies=schedule.copy_index,
             input_tokens=source.input_tokens,
             output_tokens=source.output_tokens,
-            chat=source.chat,
+            apis=source.apis,
             stream=source.stream,
             by_row=True,
             rows=source.rows,
@@ -129,15 +130,12 @@ class Plan:
         schedule, source = self.schedule, self.source
         index = schedule.source_index
         inputs, outputs = source.input_tokens[index], source.output_tokens[index]
-        chat = source.chat[index] if self.options.endpoint == "recorded" else None
         sessions = self.sessions
         repeated, blocks, counted = repeated_blocks(source, index, schedule.copy_index)
         return {
             "requests": len(self),
             "requests_on_tape": len(source),
-            "chat_requests": int(chat.sum())
-            if chat is not None
-            else (len(self) if self.options.endpoint == "chat" else 0),
+            "requests_of_api": self._requests_of_api(),
             "sessions": int(np.count_nonzero(np.bincount(sessions[sessions >= 0]))),
             "recorded_span_ns": schedule.recorded_span_ns,
             "span_ns": schedule.span_ns,
@@ -168,13 +166,17 @@ class Plan:
         self.source = self.source.clipped(most)
 
     def _too_short(self, inputs: Any, index: Any) -> int:
-        chat = self.source.chat[index]
-        short = 0
-        for kind in (False, True):
-            form = self.target.forms.get(endpoint(self.options.endpoint, chat=kind))
-            if form is not None:
-                short += int((inputs[chat == kind] < form.length.shortest_tokens).sum())
+        apis, short = self.source.apis[index], 0
+        for kind in np.unique(apis).tolist():
+            form = self.target.forms[endpoint(self.options.endpoint, kind)]
+            short += int((inputs[apis == kind] < form.length.shortest_tokens).sum())
         return short
+
+    def _requests_of_api(self) -> dict[str, int]:
+        counts = np.bincount(self.source.apis[self.schedule.source_index])
+        if self.options.endpoint != "recorded":
+            return {self.options.endpoint: len(self)}
+        return {ENDPOINTS[k]: n for k, n in enumerate(counts.tolist()) if n}
 
     def _too_long(self, inputs: Any, outputs: Any) -> int:
         most = self.target.max_model_tokens
@@ -273,6 +275,7 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
         include_failed=options.include_failed,
         with_kin=bool(operators),
         with_aborts=options.replay_aborts,
+        any_api=options.endpoint != "recorded",
     )
     if offered.kin is not None:
         names = partial(names_of, source)
@@ -302,8 +305,8 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     turns = make_waits(
         source.links, schedule, options.turns, options.speed, scaled_think=options.scaled_think
     )
-    chats = np.unique(source.chat[schedule.source_index])
-    endpoints = sorted({endpoint(options.endpoint, chat=bool(c)) for c in chats})
+    recorded = np.unique(source.apis[schedule.source_index]).tolist()
+    endpoints = sorted({endpoint(options.endpoint, kind) for kind in recorded})
     prose = options.prompt == "text"
     if offline:
         target = unprobed(address, headers, options.model or "unknown", endpoints, prose=prose)

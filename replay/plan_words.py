@@ -24,15 +24,8 @@ def text(plan: "Plan") -> str:
     """The plan for people, printed before anything is sent."""
     f = plan.figures
     recorded, span = _duration(f["recorded_span_ns"]), _duration(f["span_ns"])
-    chat, plain = f["chat_requests"], f["requests"] - f["chat_requests"]
-    wanted = plan.options.endpoint
-    kinds = (
-        f"{f['requests']} {wanted}"
-        if wanted != "recorded"
-        else " and ".join(
-            f"{n} {name}" for n, name in ((plain, "completions"), (chat, "chat")) if n
-        )
-    )
+    *most, last = (f"{n} {name}" for name, n in f["requests_of_api"].items())
+    kinds = " and ".join([", ".join(most), last] if most else [last])
     rate = (
         f"  rate: mean {f['mean_per_s']:.2f}/s, peak {f['peak_per_s']} in one second, "
         f"about {f['estimated_peak_in_flight']} in flight at most"
@@ -41,8 +34,7 @@ def text(plan: "Plan") -> str:
     of = f"the plan's {plan.of_requests}" if shard else f["requests_on_tape"]
     lines = [
         f"plan: {shard}{f['requests']} of {of} requests"
-        + (f" ({kinds})" if kinds else "")
-        + (f", {f['sessions']} sessions" if f["sessions"] else ""),
+        f" ({kinds})" + (f", {f['sessions']} sessions" if f["sessions"] else ""),
         f"  candidate: {plan.target.address.base}, model {plan.target.model}",
         f"  span: {span} (recorded {recorded}, speed {factor(plan.options.speed)})",
         rate,

@@ -15,7 +15,7 @@ from yarl import URL
 
 from tokentape.replay.aborts import Aborts
 from tokentape.replay.ahead import Outgoing
-from tokentape.replay.apis import APIS, Endpoint, Wanted
+from tokentape.replay.apis import APIS, Endpoint, Wanted, endpoint
 from tokentape.replay.prompts import Draws, PromptSource
 from tokentape.replay.rows import Positions, ReadAhead, TapeRows
 from tokentape.replay.schedule import Ints
@@ -42,7 +42,7 @@ class Share:
     copies: NDArray[np.int16]
     input_tokens: NDArray[np.int32]
     output_tokens: NDArray[np.int32]
-    chat: NDArray[np.bool_]
+    apis: NDArray[np.int8]  # in which each came, see `apis.ENDPOINTS`
     stream: NDArray[np.bool_]
     by_row: bool
     rows: TapeRows
@@ -72,7 +72,7 @@ class Share:
             copies=self.copies[kept],
             input_tokens=self.input_tokens[place],
             output_tokens=self.output_tokens[place],
-            chat=self.chat[place],
+            apis=self.apis[place],
             stream=self.stream[place],
             by_row=False,
             peak_in_flight=peak_in_flight,
@@ -122,9 +122,9 @@ class Share:
 
     def _form(self, number: int) -> Form:
         position = int(self.positions[number])
-        chat = bool(self.chat[position if self.by_row else number])
+        recorded = int(self.apis[position if self.by_row else number])
         model = self.rows.model(position) if self.target.models else None
-        return self.target.form(endpoint(self.wanted_endpoint, chat=chat), model)
+        return self.target.form(endpoint(self.wanted_endpoint, recorded), model)
 
     def _draws(self, number: int, form: Form, most_blocks: int | None = None) -> Draws:
         """Of the i-th prompt, or of no more of its beginning than so many blocks."""
@@ -156,10 +156,3 @@ class Share:
     def _headers(self) -> dict[Endpoint, dict[str, str]]:
         own = self.target.headers.for_sending()
         return {e: {**APIS[e].headers, **own} for e in self.target.forms}
-
-
-def endpoint(wanted: Wanted, *, chat: bool) -> Endpoint:
-    """The endpoint of a request: as recorded unless one is wanted."""
-    if wanted == "recorded":
-        return "chat" if chat else "completions"
-    return wanted

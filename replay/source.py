@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tokentape.replay.aborts import Aborts, AbortScan
+from tokentape.replay.apis import CHAT, COMPLETIONS, OF_FORMAT
 from tokentape.replay.links import Links, LinkScan, digests_of, together
 from tokentape.replay.operators import Kin
 from tokentape.replay.rows import Group, TapeRows
@@ -25,6 +26,7 @@ from tokentape.traces.errors import TapeError
 from tokentape.traces.keep import ERROR, SESSION, SLOW
 from tokentape.traces.reader import Tape
 from tokentape.traces.schema import REQUESTS
+from tokentape.traces.wire.dialects import UNKNOWN
 
 # Only to size the connection pool where a tape holds no durations: 50 tokens/s after 0.5 s.
 GUESSED_START_NS, GUESSED_NS_PER_TOKEN = NS_PER_S // 2, NS_PER_S // 50
@@ -36,6 +38,7 @@ GENERATING = ("chat", "text_completion")
 NO_ENGINE = "never reached an engine ({})"
 NO_TOKENS = "has no output token count"
 KEPT_ALONE = "kept only for being slow or failed, without its session (sampled capture)"
+UNSPOKEN = "came in an API that a replay does not speak, {}: --endpoint NAME asks it in another"
 CONSTRAINED = (
     "requests of the tape had to be answered in a form (JSON, grammar, tool): replayed free"
 )
@@ -49,6 +52,7 @@ _COLUMNS = (
         "outcome",
         "http_status",
         "operation",
+        "wire_format",
         "stream",
     ),
     *("n_choices", "max_tokens", "prompt_bytes", "parents", "think_ns", "session_id"),
@@ -68,14 +72,15 @@ class Source:
 
     sessions: the same number for the same session, -1 where there is none. kept_together: the same
     where sessions that wait for each other are one, as those of an agent and its subagents. links:
-    who waited for whom when they were recorded.
+    who waited for whom when they were recorded. apis: the API that each came in, by its number in
+    `apis.ENDPOINTS`.
     """
 
     tape_id: str
     rows: TapeRows
     input_tokens: Small
     output_tokens: Small
-    chat: Flags
+    apis: NDArray[np.int8]
     stream: Flags
     several_choices: Flags
     sessions: Small
@@ -105,18 +110,24 @@ class Source:
 
 
 def read_source(
-    tape: Tape, *, include_failed: bool = False, with_kin: bool = False, with_aborts: bool = True
+    tape: Tape,
+    *,
+    include_failed: bool = False,
+    with_kin: bool = False,
+    with_aborts: bool = True,
+    any_api: bool = False,
 ) -> tuple[Source, Offered]:
     """Read what a replay needs; TapeError when the tape holds no request at all.
 
     `with_aborts`: tell where clients left; else replies end there by themselves. `with_kin`:
-    operators will choose, so tell them who stays together (8 bytes a request).
+    operators will choose, so tell them who stays together (8 bytes a request). `any_api`: all will
+    be asked in one API, so those that came in one that a replay cannot speak count, too.
     """
     if not tape.rows:
         rest = f" ({tape.unsealed_rows} rows unsealed: run recover)" if tape.unsealed_rows else ""
         raise TapeError(f"{tape.path}: holds no request{rest}")
     groups: list[Group] = []
-    scan = _Scan(tape.rows, include_failed=include_failed)
+    scan = _Scan(tape.rows, include_failed=include_failed, any_api=any_api)
     for table in _batches(tape, groups):
         scan.take(table)
     pa.default_memory_pool().release_unused()
@@ -143,7 +154,7 @@ def read_source(
         rows=TapeRows(groups, scan.bytes_per_token),
         input_tokens=inputs,
         output_tokens=outputs,
-        chat=scan.chat,
+        apis=scan.apis,
         stream=scan.stream,
         several_choices=scan.several_choices,
         sessions=sessions,
@@ -201,8 +212,8 @@ def _whole(table: pa.Table, rows: int) -> pa.Table:
 class _Scan:
     """Adds up a tape, batch after batch. Arrays have one entry per row of the tape."""
 
-    def __init__(self, rows: int, *, include_failed: bool) -> None:
-        self._include_failed = include_failed
+    def __init__(self, rows: int, *, include_failed: bool, any_api: bool) -> None:
+        self._include_failed, self._any_api = include_failed, any_api
         self._at = 0
         self.arrival_ns = np.empty(rows, dtype=np.int64)
         self.duration_ns = np.empty(rows, dtype=np.int64)  # 0 or less where it is not known
@@ -210,9 +221,8 @@ class _Scan:
         self._inputs = np.empty(rows, dtype=np.int32)  # -1 where it is not known
         self._outputs = np.empty(rows, dtype=np.int32)
         self._reason = np.zeros(rows, dtype=np.int8)
-        self.chat, self.stream, self.several_choices = (
-            np.empty(rows, dtype=np.bool_) for _ in range(3)
-        )
+        self.apis = np.empty(rows, dtype=np.int8)
+        self.stream, self.several_choices = (np.empty(rows, dtype=np.bool_) for _ in range(2))
         self._names: list[tuple[int, str]] = [(0, "")]  # (rank, reason) by number
         self._failed = _Some()  # output tokens asked for by failed requests
         self._lengthless = _Some()  # prompt bytes of requests without prompt tokens
@@ -230,7 +240,7 @@ class _Scan:
         self.arrival_ns[here] = _ints(pc.coalesce(table["arrival_ns"], table["scheduled_ns"]))
         self.duration_ns[here] = _ints(pc.subtract(table["end_ns"], table["arrival_ns"]), -1)
         self.sessions[here] = text_digests(table["session_id"].combine_chunks())
-        self.chat[here] = _flags(pc.equal(table["operation"], "chat"))
+        self.apis[here] = _apis(table)
         self.stream[here] = _flags(pc.fill_null(table["stream"], fill_value=True))
         self.several_choices[here] = _flags(pc.greater(table["n_choices"], 1))
         self._reason[here] = self._reasons(table)
@@ -308,6 +318,11 @@ class _Scan:
         ]
         alone = pc.is_in(table["sample_reason"], pa.array([ERROR, SLOW]))
         rules.append((2, KEPT_ALONE, _flags(alone)))
+        if not self._any_api:
+            rules += [
+                (6, UNSPOKEN.format(name), _flags(pc.equal(table["wire_format"], name)))
+                for name in _unspoken(table)
+            ]
         if not self._include_failed:
             refused = _flags(pc.equal(outcome, "connect_error"))
             rules += [(3, NO_ENGINE.format("connect_error"), refused)]
@@ -388,6 +403,21 @@ class _Some:
             np.concatenate(self.places) if self.places else nothing,
             np.concatenate(self.values) if self.values else nothing,
         )
+
+
+def _apis(table: pa.Table) -> NDArray[np.int8]:
+    """The API of each row: by its wire format, else by its operation."""
+    formats = pa.array(list(OF_FORMAT), pa.string())
+    numbers = np.array([*OF_FORMAT.values(), -1], dtype=np.int8)
+    found = numbers[_ints(pc.index_in(table["wire_format"], formats), len(formats))]
+    by_operation = np.where(_flags(pc.equal(table["operation"], "chat")), CHAT, COMPLETIONS)
+    chosen: NDArray[np.int8] = np.where(found >= 0, found, by_operation).astype(np.int8)
+    return chosen
+
+
+def _unspoken(table: pa.Table) -> list[str]:
+    """Wire formats of rows that a replay has no API for."""
+    return sorted(set(pc.unique(table["wire_format"]).to_pylist()) - {*OF_FORMAT, None, UNKNOWN})
 
 
 def _ints(column: Any, missing: int = 0) -> Ints:

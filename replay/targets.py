@@ -22,7 +22,6 @@ from tokentape.replay.prompts import Draws, Length, TokenIds, Words, Writing
 from tokentape.replay.prose import Prose
 from tokentape.traces.errors import UsageError
 
-ENDPOINTS: tuple[Endpoint, ...] = tuple(APIS)
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 OURS = (
     *("model", "prompt", "messages", "input", "text", "input_ids", "inputs", "stream"),

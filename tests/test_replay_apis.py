@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from replay_server import HEAD, LAST, Seen, Step, plain, serve
+from replay_server import HEAD, LAST, Script, Seen, Step, engine_like, plain, serve
 from replay_server import chunk as in_chunk
 from tokentape.replay.apis import Wanted
 from tokentape.replay.options import ReplayOptions
@@ -112,3 +112,50 @@ def test_a_replay_asks_in_an_api_and_reads_its_answers(tmp_path: Path, api: Want
     assert {row["endpoint"] for row in rows} == {PATHS[api]}
     assert sorted(len(row["off_us"]) for row in rows) == [2, 3, 4, 5, 6]
     assert {(row["outcome"], row["parse_status"]) for row in rows} == {("ok", "ok")}
+
+
+def test_each_request_goes_out_in_the_api_that_it_came_in(tmp_path: Path) -> None:
+    """Two of each; imported rows know no wire format, so their operation says which it is."""
+    chosen: list[tuple[str | None, str, str]] = [
+        ("openai.completions", "text_completion", "/v1/completions"),
+        ("openai.chat", "chat", "/v1/chat/completions"),
+        ("openai.responses", "chat", "/v1/responses"),
+        ("anthropic", "chat", "/v1/messages"),
+        ("sglang", "text_completion", "/generate"),
+        ("tgi", "text_completion", "/"),
+        (None, "chat", "/v1/chat/completions"),
+        ("unknown", "text_completion", "/v1/completions"),
+        ("gemini", "chat", ""),
+    ]
+    source = tmp_path / "source.tape"
+    writer = TapeWriter.create(source, role="import", command=[], options={}, facts={})
+    for n in range(2 * len(chosen)):
+        spoken, operation, _ = chosen[n % len(chosen)]
+        row = {"request_id": n.to_bytes(16), "arrival_ns": n * 5_000_000, "operation": operation}
+        row |= {"wire_format": spoken, "stream": True, "outcome": "ok"}
+        writer.append(row | {"input_tokens": 20 + n, "output_tokens": 2 + n})
+    writer.close()
+    apis = {path: api for api, path in PATHS.items()}
+
+    def script(seen: Seen) -> Sequence[Step]:
+        answer: Script = speaking(apis[seen.path]) if seen.path in apis else engine_like
+        return answer(seen)
+
+    with serve(script) as server:
+        wanted = ReplayOptions(source=source, to=server.url, tape=tmp_path / "run.tape")
+        plan = make_plan(wanted)
+        verdict = run_plan(plan).verdict
+        in_chat = make_plan(ReplayOptions(source=source, to=server.url, endpoint="chat"))
+    assert plan.figures["requests_of_api"] == {
+        "completions": 4, "chat": 4, "responses": 2, "anthropic": 2, "sglang": 2, "tgi": 2
+    }  # fmt: skip
+    assert "4 completions, 4 chat, 2 responses, 2 anthropic, 2 sglang and 2 tgi" in plan.text()
+    left = "left out: 2 came in an API that a replay does not speak, gemini: --endpoint NAME"
+    assert left in plan.text()
+    assert in_chat.figures["requests_of_api"] == {"chat": 18} and not in_chat.figures["left_out"]
+    assert verdict.figures["output_match"]["matched"] == 16, verdict.text()
+    rows = open_tape(tmp_path / "run.tape").read().to_pylist()
+    went = {int.from_bytes(row["source_request_id"].bytes): row["endpoint"] for row in rows}
+    assert went == {n: path for n in range(18) if (path := chosen[n % len(chosen)][2])}
+    again = make_plan(ReplayOptions(source=tmp_path / "run.tape", to=server.url), offline=True)
+    assert again.figures["requests_of_api"] == plan.figures["requests_of_api"]

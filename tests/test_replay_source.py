@@ -156,7 +156,7 @@ def test_rows_in_any_order_are_read_by_arrival_and_a_plan_time_stands_in_for_it(
     plan = make_schedule(offered, ScheduleOptions())
     assert source.input_tokens[plan.source_index].tolist() == [2, 3, 1]
     assert plan.due_ns.tolist() == [0, 3 * SECOND, 5 * SECOND]
-    assert source.stream.all() and not source.chat.any()
+    assert source.stream.all() and not source.apis.any()  # completions: nothing else is told
 
 
 def test_an_empty_tape_is_one_clear_line(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def replay(
     ] = None,
     endpoint: Annotated[
         Literal["recorded", "completions", "chat", "responses", "anthropic", "sglang", "tgi"],
-        typer.Option(help="Which API to ask; recorded: chat or completions, as it was."),
+        typer.Option(help="Which API to ask; recorded: the one that each request came in."),
     ] = "recorded",
     header: Annotated[
         list[str] | None,
