@@ -1,6 +1,7 @@
 """capacity and sweep against real servers: what is kept, what ends them, and how it is said."""
 
 import asyncio
+import inspect
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from replay_server import Seen, Server, Step, engine_like, plain, serve
 from test_docs import serving
 from test_replay_run import source
 from tokentape.analysis.slo import Slo
+from tokentape.cli import asking, drive, search
+from tokentape.cli.grammar import parse_and_call
 from tokentape.jobs.capacity import Capacity, capacity
 from tokentape.jobs.probes import Done, Probes, StoppedEarlyError
 from tokentape.jobs.sweep import order, sweep
@@ -22,6 +25,7 @@ from tokentape.replay.idle import Idle
 from tokentape.replay.run import Progress, ReplayOptions, make_plan
 from tokentape.traces.errors import CannotKeepUp, GateNotMet, TapeError, TokentapeError
 from tokentape.traces.facts import read_facts
+from tokentape.traces.reader import open_tape
 
 MS = 1_000_000
 ONE, TWO = Fraction(1), Fraction(2)
@@ -54,6 +58,47 @@ class Heard:
         spans = {"first": ONE, "least": ONE, "most": TWO} | ends
         capacity(self.probes, [Slo("ttft", {"ttft": limit_ns})], found, tolerance=0.05, **spans)
         return found
+
+
+def test_the_verbs_that_make_runs_ask_a_candidate_by_the_same_options() -> None:
+    def options(verb: Callable[..., None]) -> dict[str, object]:
+        return {name: p.annotation for name, p in inspect.signature(verb).parameters.items()}
+
+    shared = {n for n, kind in options(drive.replay).items() if kind in vars(asking).values()}
+    assert {"prompt", "tokenizer", "warm_up", "aborts", "map_model", "body"} <= shared
+    for verb in (search.capacity, search.sweep):
+        assert {n: options(verb).get(n) for n in shared} == {
+            n: options(drive.replay)[n] for n in shared
+        }
+
+
+def test_a_sweep_by_command_asks_as_told_and_lets_no_session_hide_that_it_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six turns 20 ms apart, and a candidate that takes 60 ms for each."""
+    before = [{"parents": [n.to_bytes(16)], "think_ns": 10 * MS} for n in range(5)]
+    rows = [{}, *before]
+    source(tmp_path / "source.tape", rows)
+
+    def script(seen: Seen) -> Sequence[Step]:
+        return (
+            [0.06, *engine_like(seen)] if seen.path.endswith("completions") else engine_like(seen)
+        )
+
+    folder = tmp_path / "runs"
+    with serve(script) as server:
+        words = ["sweep", str(tmp_path / "source.tape"), "--to", server.url, "--speed", "1x"]
+        words += ["--folder", str(folder), "--prompt", "text", "--warm-up", "2", "--aborts"]
+        words += ["ignore", "--body", "priority=3", "--seed", "7", "--accept-invalid"]
+        assert parse_and_call(words) == 0
+        runs = [s for s in server.generations if s.json["priority"] == 3]
+    assert len(runs) == 8 and all(" " in s.json["prompt"] for s in runs)  # two to warm up
+    asked = read_facts(folder / "1x.tape")["options"]
+    told = {"prompt": "text", "warm_up": 2, "aborts": "ignore", "seed": 7, "turns": "open"}
+    assert {name: asked[name] for name in told} == told
+    sent = open_tape(folder / "1x.tape").read().to_pylist()
+    assert len(sent) == 6 and "predecessor" not in {row["late_cause"] for row in sent}
+    capsys.readouterr()
 
 
 def test_candidates_take_turns_at_each_speed() -> None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tokentape.cli import units
+from tokentape.cli import asking, units
 from tokentape.cli.output import print_json, print_lines
 from tokentape.cli.progress import in_lines, say
 from tokentape.cli.read import print_report
-from tokentape.cli.record import Facts, Json, LocalGpu, MetricsUrls, command_line
+from tokentape.cli.record import Facts, Json, LocalGpu, MetricsUrls
 from tokentape.traces.errors import GateNotMet, UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ CALIBRATE_FROM_NS = 60_000_000_000  # of a plan: a calibration takes up to 20 s
 
 
 def replay(
-    source: Annotated[Path, typer.Argument(metavar="TAPE", help="The tape to replay.")],
+    source: asking.TapeToReplay,
     to: Annotated[
         str, typer.Option("--to", metavar="URL", help="The candidate: http(s)://HOST:PORT.")
     ],
@@ -35,10 +35,7 @@ def replay(
     speed: Annotated[
         str, typer.Option(metavar="FACTOR", help="2x offers the load in half the time.")
     ] = "1x",
-    window: Annotated[
-        str | None,
-        typer.Option(metavar="FROM..TO", help="Only what arrived then, such as 0s..10m."),
-    ] = None,
+    window: asking.Window = None,
     thin: Annotated[
         str | None, typer.Option(metavar="SHARE", help="Only 50% of the sessions, each whole.")
     ] = None,
@@ -62,9 +59,7 @@ def replay(
         Literal["round-robin", "least-loaded", "prefix"] | None,
         typer.Option(help="How the fleet's router chose a replica."),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Of the synthesized prompts, and of what is drawn.")
-    ] = 0,
+    seed: asking.Seed = 0,
     namespace: Annotated[
         str | None,
         typer.Option(
@@ -77,106 +72,39 @@ def replay(
             "--warm-cache", help="The same prompts in each run: a candidate may have them cached."
         ),
     ] = False,
-    prompt: Annotated[
-        Literal["random", "text"],
-        typer.Option(help="Of what: random tokens or words, or sentences that look like text."),
-    ] = "random",
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The model's tokenizer.json, to count prompts with."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Model to ask for; else the candidate's own.")
-    ] = None,
-    map_model: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RECORDED=NAME", help="What to ask for where that model was asked."),
-    ] = None,
-    body: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD=JSON", help="A further field of each request's body."),
-    ] = None,
-    endpoint: Annotated[
-        Literal["recorded", "completions", "chat", "responses", "anthropic", "sglang", "tgi"],
-        typer.Option(help="Which API to ask; recorded: the one that each request came in."),
-    ] = "recorded",
-    header: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Sent with each request, never recorded."),
-    ] = None,
-    session_header: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Tell each request's session in this header."),
-    ] = None,
-    key_env: Annotated[
-        str | None, typer.Option(metavar="VAR", help="Environment variable that holds the API key.")
-    ] = None,
-    ca: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="PEM of the authority that signed the candidate."),
-    ] = None,
+    prompt: asking.Prompt = "random",
+    tokenizer: asking.Tokenizer = None,
+    model: asking.Model = None,
+    map_model: asking.MapModel = None,
+    body: asking.Body = None,
+    endpoint: asking.Endpoint = "recorded",
+    header: asking.Header = None,
+    session_header: asking.SessionHeader = None,
+    key_env: asking.KeyEnv = None,
+    ca: asking.Ca = None,
     max_requests: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Send no more requests than that.")
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="The same for input and output tokens.")
     ] = None,
-    timeout: Annotated[
-        str, typer.Option(metavar="DURATION", help="Longest that a request may take.")
-    ] = "600s",
-    first_byte_timeout: Annotated[
-        str | None,
-        typer.Option(metavar="DURATION", help="Longest wait for a stream's first body byte."),
-    ] = None,
-    precise: Annotated[
-        bool,
-        typer.Option("--precise", help="Wait for due times awake: exacter sends, a busier core."),
-    ] = False,
-    clip: Annotated[
-        bool, typer.Option("--clip", help="Cut prompts that are longer than the candidate takes.")
-    ] = False,
-    warm_up: Annotated[
-        int,
-        typer.Option(metavar="N", min=0, help="Requests to send before the run, apart from it."),
-    ] = 0,
+    timeout: asking.Timeout = "600s",
+    first_byte_timeout: asking.FirstByteTimeout = None,
+    precise: asking.Precise = False,
+    clip: asking.Clip = False,
+    warm_up: asking.WarmUp = 0,
     prime_cache: Annotated[
         bool,
         typer.Option(
             "--prime-cache", help="Send the prefixes that a --window shares with what came before."
         ),
     ] = False,
-    sentinels: Annotated[
-        bool,
-        typer.Option(
-            "--sentinels", help="Ask a few fixed questions before and after; changed answers count."
-        ),
-    ] = False,
-    include_failed: Annotated[
-        bool, typer.Option("--include-failed", help="Also what never reached an engine.")
-    ] = False,
-    turns: Annotated[
-        Literal["after", "think", "open"],
-        typer.Option(
-            help="When a turn goes out that waited for others: after them, but not before its own "
-            "time; a think time after them; or at its own time, whatever they do.",
-        ),
-    ] = "after",
-    think: Annotated[
-        Literal["scaled", "recorded"],
-        typer.Option(help="Whether --speed divides think times, as all other times."),
-    ] = "scaled",
-    aborts: Annotated[
-        Literal["recorded", "ignore"],
-        typer.Option(help="Whether replies are left where their recorded clients left them."),
-    ] = "recorded",
-    workers: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Processes that send; one should carry 1,000 requests/s, 25,000 tokens/s.",
-        ),
-    ] = 1,
+    sentinels: asking.Sentinels = False,
+    include_failed: asking.IncludeFailed = False,
+    turns: asking.WhenTurns = "after",
+    think: asking.Think = "scaled",
+    aborts: asking.WhichAborts = "recorded",
+    workers: asking.Workers = 1,
     shard: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="Send the I-th of N parts only; sessions stay whole."),
@@ -221,12 +149,12 @@ def replay(
     Prompts are synthesized to the recorded lengths. The plan is printed first; the verdict says if
     the client's own clock held.
     """
+    shared = asking.asked(locals())
     from tokentape.replay.asked import Asked
     from tokentape.replay.options import ReplayOptions
     from tokentape.replay.run import make_plan
     from tokentape.replay.sessions import Shard
     from tokentape.replay.start import check_start
-    from tokentape.traces.sampler import Sources
 
     if tape is None and not plan:
         raise UsageError("--tape: name the folder of the run's tape (only --plan needs none)")
@@ -236,38 +164,14 @@ def replay(
         raise UsageError("--namespace: give a name, or --warm-cache")
     loop_ns, loop_passes = units.repeats("--loop", loop) if loop is not None else (None, None)
     options = ReplayOptions(
-        source=source,
+        **shared,
         to=to,
         tape=tape,
         speed=units.factor("--speed", speed),
-        window=units.window_ns("--window", window) if window is not None else (None, None),
-        seed=seed,
         namespace="" if warm_cache else namespace,
-        session_header=session_header,
-        prompt=prompt,
-        tokenizer=tokenizer,
-        model=model,
-        models=units.pairs("--map-model", map_model or []),
-        body=units.json_pairs("--body", body or []),
-        headers=units.pairs("--header", header or []),
-        key_env=key_env,
-        ca=ca,
-        endpoint=endpoint,
         max_requests=max_requests,
         max_tokens=max_tokens,
-        timeout_ns=_some_time("--timeout", timeout),
-        first_byte_timeout_ns=_some_time("--first-byte-timeout", first_byte_timeout)
-        if first_byte_timeout is not None
-        else None,
-        clip=clip,
-        warm_up=warm_up,
         prime_cache=prime_cache,
-        sentinels=sentinels,
-        precise=precise,
-        include_failed=include_failed,
-        turns=turns,
-        replay_aborts=aborts == "recorded",
-        scaled_think=think == "scaled",
         operators=Asked(
             thin=units.percent("--thin", thin) if thin is not None else None,
             multiply=units.times("--multiply", multiply) if multiply is not None else None,
@@ -277,13 +181,8 @@ def replay(
             replica=units.part("--replica", replica) if replica is not None else None,
             routing=routing,
         ),
-        workers=workers,
         shard=Shard(*units.part("--shard", shard)) if shard is not None else None,
         start_at_unix_ns=units.instant_unix_ns("--start-at", start_at) if start_at else None,
-        force=force,
-        telemetry=Sources(tuple(metrics_url or ()), gpu, ca),
-        facts=units.pairs("--fact", fact or []),
-        command=command_line(),
     )
     if shard is not None and start_at is None and not plan:
         raise UsageError(f"--shard {shard}: give --start-at T too, the same for every shard")
@@ -302,14 +201,6 @@ def replay(
     by_itself = made.schedule.span_ns >= CALIBRATE_FROM_NS and not start_at  # it might be missed
     floor = _floor(made) if calibrate or (calibrate is None and by_itself) else None
     _run(made, fail_on, floor, json=json, plain=plain)
-
-
-def _some_time(option: str, text: str) -> int:
-    """A duration above zero in ns."""
-    duration_ns = units.duration_ns(option, text)
-    if duration_ns <= 0:
-        raise UsageError(f"{option} {text}: need a duration above zero, such as 600s")
-    return duration_ns
 
 
 def _check(plan: "Plan") -> None:

@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokentape.cli import size, units
+from tokentape.cli import asking, size, units
 from tokentape.cli.drive import INTERRUPTED, ask_about, standing
 from tokentape.cli.objectives import Slos, slos
 from tokentape.cli.output import print_json, print_lines
 from tokentape.cli.progress import in_lines, say
-from tokentape.cli.record import Facts, Json, LocalGpu, MetricsUrls, command_line
+from tokentape.cli.record import Facts, Json, LocalGpu, MetricsUrls
 from tokentape.traces.errors import TokentapeError, UsageError
 
 if TYPE_CHECKING:
@@ -22,38 +22,11 @@ if TYPE_CHECKING:
     from tokentape.jobs.probes import Probes
     from tokentape.replay.run import Plan, Progress
 
-TapeToReplay = Annotated[Path, typer.Argument(metavar="TAPE", help="The tape to replay.")]
 Folder = Annotated[Path, typer.Option(metavar="DIR", help="Where the runs' tapes are kept.")]
-Window = Annotated[
-    str | None, typer.Option(metavar="FROM..TO", help="Only what arrived then, such as 0s..10m.")
-]
 Duration = Annotated[
     str | None,
     typer.Option(metavar="DURATION", help="Each run lasts so long: a faster one takes more tape."),
 ]
-Model = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Model to ask for; else the candidate's own.")
-]
-Headers = Annotated[
-    list[str] | None,
-    typer.Option("--header", metavar="NAME=VALUE", help="Sent with each request, never recorded."),
-]
-KeyEnv = Annotated[
-    str | None, typer.Option(metavar="VAR", help="Environment variable that holds the API key.")
-]
-Ca = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="PEM of who signed the candidate's certificate.")
-]
-Endpoint = Annotated[
-    str, typer.Option(metavar="NAME", help="Which API to ask, as replay --endpoint.")
-]
-Clip = Annotated[
-    bool, typer.Option("--clip", help="Cut prompts that are longer than the candidate takes.")
-]
-WhenTurns = Annotated[
-    Literal["after", "think", "open"], typer.Option("--turns", help="As replay --turns.")
-]
-Workers = Annotated[int, typer.Option(metavar="N", min=1, help="Processes that send.")]
 DrainTimeout = Annotated[
     str, typer.Option(metavar="DURATION", help="Longest wait for an idle candidate before a run.")
 ]
@@ -61,13 +34,12 @@ Force = Annotated[bool, typer.Option("--force", help="Make runs anew that are th
 AcceptInvalid = Annotated[
     bool, typer.Option("--accept-invalid", help="Count runs too whose verdict blames the client.")
 ]
-Timeout = Annotated[str, typer.Option(metavar="DURATION", help="Longest that a request may take.")]
 
 _PERCENTILE = re.compile(r"@p(\d{1,2}(?:\.\d{1,4})?)$")
 
 
 def capacity(
-    source: TapeToReplay,
+    source: asking.TapeToReplay,
     to: Annotated[str, typer.Option("--to", metavar="URL", help="The candidate.")],
     folder: Folder,
     slo: Slos = None,
@@ -78,17 +50,30 @@ def capacity(
     tolerance: Annotated[
         str, typer.Option(metavar="SHARE", help="How near the ends of the bracket shall be.")
     ] = "5%",
-    window: Window = None,
+    window: asking.Window = None,
     duration: Duration = None,
-    model: Model = None,
-    endpoint: Endpoint = "recorded",
-    turns: WhenTurns = "after",
-    clip: Clip = False,
-    header: Headers = None,
-    key_env: KeyEnv = None,
-    ca: Ca = None,
-    timeout: Timeout = "600s",
-    workers: Workers = 1,
+    seed: asking.Seed = 0,
+    prompt: asking.Prompt = "random",
+    tokenizer: asking.Tokenizer = None,
+    model: asking.Model = None,
+    map_model: asking.MapModel = None,
+    body: asking.Body = None,
+    endpoint: asking.Endpoint = "recorded",
+    turns: asking.WhenTurns = "open",
+    think: asking.Think = "scaled",
+    aborts: asking.WhichAborts = "recorded",
+    warm_up: asking.WarmUp = 0,
+    sentinels: asking.Sentinels = False,
+    include_failed: asking.IncludeFailed = False,
+    clip: asking.Clip = False,
+    header: asking.Header = None,
+    session_header: asking.SessionHeader = None,
+    key_env: asking.KeyEnv = None,
+    ca: asking.Ca = None,
+    timeout: asking.Timeout = "600s",
+    first_byte_timeout: asking.FirstByteTimeout = None,
+    precise: asking.Precise = False,
+    workers: asking.Workers = 1,
     metrics_url: MetricsUrls = None,
     gpu: LocalGpu = False,
     fact: Facts = None,
@@ -135,7 +120,7 @@ def _print(found: Any, *, json: bool) -> None:
 
 
 def sweep(
-    source: TapeToReplay,
+    source: asking.TapeToReplay,
     to: Annotated[
         list[str], typer.Option("--to", metavar="URL", help="A candidate; several take turns.")
     ],
@@ -147,17 +132,30 @@ def sweep(
     slo: Slos = None,
     gpus: size.Gpus = None,
     usd_per_gpu_hour: size.Price = None,
-    window: Window = None,
+    window: asking.Window = None,
     duration: Duration = None,
-    model: Model = None,
-    endpoint: Endpoint = "recorded",
-    turns: WhenTurns = "after",
-    clip: Clip = False,
-    header: Headers = None,
-    key_env: KeyEnv = None,
-    ca: Ca = None,
-    timeout: Timeout = "600s",
-    workers: Workers = 1,
+    seed: asking.Seed = 0,
+    prompt: asking.Prompt = "random",
+    tokenizer: asking.Tokenizer = None,
+    model: asking.Model = None,
+    map_model: asking.MapModel = None,
+    body: asking.Body = None,
+    endpoint: asking.Endpoint = "recorded",
+    turns: asking.WhenTurns = "open",
+    think: asking.Think = "scaled",
+    aborts: asking.WhichAborts = "recorded",
+    warm_up: asking.WarmUp = 0,
+    sentinels: asking.Sentinels = False,
+    include_failed: asking.IncludeFailed = False,
+    clip: asking.Clip = False,
+    header: asking.Header = None,
+    session_header: asking.SessionHeader = None,
+    key_env: asking.KeyEnv = None,
+    ca: asking.Ca = None,
+    timeout: asking.Timeout = "600s",
+    first_byte_timeout: asking.FirstByteTimeout = None,
+    precise: asking.Precise = False,
+    workers: asking.Workers = 1,
     metrics_url: MetricsUrls = None,
     gpu: LocalGpu = False,
     fact: Facts = None,
@@ -228,27 +226,9 @@ def _probes(given: dict[str, Any], before: "Callable[[Plan], None]") -> "Probes"
     """What makes the runs, of the options that both verbs have."""
     from tokentape.jobs.probes import Probes
     from tokentape.replay.run import ReplayOptions
-    from tokentape.traces.sampler import Sources
 
-    window, to = given["window"], given["to"]
-    options = ReplayOptions(
-        source=given["source"],
-        to=to if isinstance(to, str) else to[0],
-        window=units.window_ns("--window", window) if window is not None else (None, None),
-        model=given["model"],
-        endpoint=given["endpoint"],
-        turns=given["turns"],
-        clip=given["clip"],
-        headers=units.pairs("--header", given["header"] or []),
-        key_env=given["key_env"],
-        ca=given["ca"],
-        timeout_ns=units.duration_ns("--timeout", given["timeout"]),
-        workers=given["workers"],
-        telemetry=Sources(tuple(given["metrics_url"] or ()), given["gpu"], given["ca"]),
-        facts=units.pairs("--fact", given["fact"] or []),
-        force=given["force"],
-        command=command_line(),
-    )
+    to = given["to"]
+    options = ReplayOptions(**asking.asked(given), to=to if isinstance(to, str) else to[0])
     shown = set[str]()
 
     def seen(plan: "Plan") -> None:
