@@ -4,7 +4,8 @@ Only for showing. Nothing may be computed from what this file returns.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 NOTHING = "-"
@@ -69,6 +70,27 @@ def instant(unix_ns: int | None) -> str:
     return f"{datetime.fromtimestamp(unix_ns // 1_000_000_000, tz=UTC):%Y-%m-%d %H:%M:%SZ}"
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table to show: `texts` columns of words on the left, figures right of them."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    texts: int = 1
+
+
+Block = list[Table | str]  # what is shown together: tables, and lines of text
+
+
+def lines(block: Block, width: int) -> Iterator[str]:
+    """A block for a terminal."""
+    for part in block:
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from table(part.head, part.rows, width, part.texts)
+
+
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], width: int, texts: int = 1
 ) -> list[str]:
@@ -84,13 +106,14 @@ def table(
             sizes[i] = min(sizes[i], max(_SHRUNK_TO, sizes[i] - excess))
     lines = []
     for row in cells:
-        words = [_cut(row[i], sizes[i]).ljust(sizes[i]) for i in range(texts)]
+        words = [cut(row[i], sizes[i]).ljust(sizes[i]) for i in range(texts)]
         figures = [row[i].rjust(sizes[i]) for i in range(texts, len(row))]
         lines.append("  ".join([*words, *figures]).rstrip())
     return lines
 
 
-def _cut(text: str, size: int) -> str:
+def cut(text: str, size: int) -> str:
+    """Text of so many characters at most; what is too long loses its middle."""
     if len(text) <= size:
         return text
     tail = (size - 1) // 2

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tokentape.analysis import display, slo
+from tokentape.analysis.display import Block
 from tokentape.analysis.report_rows import ReportRows, Row, ask
 from tokentape.analysis.session import Session
 
@@ -47,26 +48,22 @@ class Report(ReportRows):
 
     def text(self, width: int = 100) -> str:
         """Tables for a terminal; the ratio of every further tape to the first one."""
-        parts = [
-            self._identity(width),
-            self._outcomes(width),
-            self._distributions("latency (outcome ok)", self._latencies, width),
-            self._stalls(width),
-            self._phases(width),
-            self._calibration(width),
-            self._interference(width),
-            self._goodput(width),
-            self._rates(width),
-            self._prefixes(width),
-            self._speculation(width),
-            self._concurrency(width),
-            self._steady(),
-            self._clocks(width),
-            self._distributions("lateness (all sent)", LATENESS, width),
-            self._causes(width),
-            self._verdicts(),
-        ]
-        return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+        blocks = [block for part in self.parts().values() for block in part if block]
+        return "\n\n".join("\n".join(display.lines(block, width)) for block in blocks) + "\n"
+
+    def parts(self) -> dict[str, list[Block]]:
+        """All that is shown, as tables and lines of text by what they are about, in order."""
+        latency = self._distributions("latency (outcome ok)", self._latencies)
+        latencies = [self._stalls(), self._phases(), self._calibration(), self._interference()]
+        rates = [self._rates(), self._prefixes(), self._speculation(), self._concurrency()]
+        lateness = self._distributions("lateness (all sent)", LATENESS)
+        return {
+            "tapes": [self._identity()],
+            "outcomes": [self._outcomes()],
+            "latency": [latency, *latencies],
+            "throughput": [self._goodput(), *rates, self._steady()],
+            "quality": [self._clocks(), lateness, self._causes(), self._verdicts()],
+        }
 
     @property
     def _runs(self) -> list[str]:
@@ -80,7 +77,7 @@ class Report(ReportRows):
     def _index(self) -> dict[tuple[str, str, str], Row]:
         return {(r["run"], r["metric"], r["stat"]): r for r in self.metrics}
 
-    def _identity(self, width: int) -> list[str]:
+    def _identity(self) -> Block:
         rows = []
         for tape in self.tapes:
             first, *others = tape["models"] or [display.NOTHING]
@@ -107,7 +104,7 @@ class Report(ReportRows):
             "events",
             "of all seen",
         ]
-        return [*display.table(head, rows, width, texts=2), *self._missing()]
+        return [display.Table(head, rows, texts=2), *self._missing()]
 
     def _missing(self) -> Iterator[str]:
         """What no table can show: whatever keeps a tape from being whole."""
@@ -122,7 +119,7 @@ class Report(ReportRows):
             if tape["sampled"]:
                 yield f"! {tape['run']}: sampled; each row counts 1 / sample_prob"
 
-    def _outcomes(self, width: int) -> list[str]:
+    def _outcomes(self) -> Block:
         found = [r for r in self.metrics if r["metric"] == "outcomes"]
         happened = {r["stat"] for r in found if r["value"]}
         shown = ["ok", *sorted(happened - {"ok"})]
@@ -135,9 +132,9 @@ class Report(ReportRows):
             f"! {e['run']}: {display.count(e['requests'])} x {e['outcome']}, {_why(e)}"
             for e in self.errors
         ]
-        return [*display.table(["outcomes", *shown], rows, width), *errors]
+        return [display.Table(["outcomes", *shown], rows), *errors]
 
-    def _distributions(self, title: str, names: Iterable[str], width: int) -> list[str]:
+    def _distributions(self, title: str, names: Iterable[str]) -> Block:
         rows: list[list[str]] = []
         empty: list[str] = []
         for name in names:
@@ -148,7 +145,7 @@ class Report(ReportRows):
         head = [title, "run", *PERCENTILES, "max", "n", "of"]
         if len(self.tapes) == 1:
             head, rows = head[:1] + head[2:], [r[:1] + r[2:] for r in rows]
-        lines = display.table(head, rows, width, texts=len(head) - 7) if rows else []
+        lines: Block = [display.Table(head, rows, texts=len(head) - 7)] if rows else []
         return [*lines, *([f"no values: {', '.join(empty)}"] if empty else [])]
 
     def _distribution(self, name: str) -> Iterator[list[str]]:
@@ -170,14 +167,14 @@ class Report(ReportRows):
                 ]
             base = base or found
 
-    def _rates(self, width: int) -> list[str]:
+    def _rates(self) -> Block:
         head = ["per second, whole run", *("requests offered", "completed")]
         head += ["input tokens", "uncached", "output"]
         index = self._index
         found = [[index[run, name, "value"]["value"] for name in RATES] for run in self._runs]
-        return display.table(head, self._with_ratios(found), width)
+        return [display.Table(head, self._with_ratios(found))]
 
-    def _prefixes(self, width: int) -> list[str]:
+    def _prefixes(self) -> Block:
         rows = [
             [
                 p["run"],
@@ -198,13 +195,13 @@ class Report(ReportRows):
             "with hashes",
             "with cached tokens",
         ]
-        return display.table(head, rows, width) if rows else []
+        return [display.Table(head, rows)] if rows else []
 
-    def _concurrency(self, width: int) -> list[str]:
+    def _concurrency(self) -> Block:
         index = self._index
         stats = ("mean", *PERCENTILES[:3], "max")
         found = [[index[run, "in_flight", s]["value"] for s in stats] for run in self._runs]
-        return display.table(["in flight, over time", *stats], self._with_ratios(found), width)
+        return [display.Table(["in flight, over time", *stats], self._with_ratios(found))]
 
     def _with_ratios(self, found: Sequence[Sequence[float | None]]) -> list[list[str]]:
         rows = []
@@ -215,7 +212,7 @@ class Report(ReportRows):
                 rows.append([_over(i), *(display.ratio(a, b) for a, b in pairs)])
         return rows
 
-    def _stalls(self, width: int) -> list[str]:
+    def _stalls(self) -> Block:
         rows = [
             [
                 s["run"],
@@ -228,9 +225,9 @@ class Report(ReportRows):
             for s in self.stalls
         ]
         head = ["stalls over 200 ms and 2 medians", "stalls", "requests hit", "longest"]
-        return display.table([*head, "of decode time", "replies"], rows, width) if rows else []
+        return [display.Table([*head, "of decode time", "replies"], rows)] if rows else []
 
-    def _phases(self, width: int) -> list[str]:
+    def _phases(self) -> Block:
         """Means of a request, so that runs of different length stand side by side."""
         rows = []
         for p in self.phases or []:
@@ -243,17 +240,15 @@ class Report(ReportRows):
             span = f"{low} .. {high}" if p["method"] == "stream" else "as reported"
             rows.append([p["run"], p["method"], queue, span, *others, display.count(p["requests"])])
         head = ["phases, mean", "told by", "queue", "between", "prefill", "decode", "outside", "n"]
-        none = [
+        none: Block = [
             "no phases: too few streams to estimate them, or none that show a server's steps",
             "  (it batches by whole replies, or sends many tokens at a time)",
         ]
         return (
-            display.table(head, rows, width, texts=2)
-            if rows
-            else none[: 2 * (self.phases is not None)]
+            [display.Table(head, rows, texts=2)] if rows else none[: 2 * (self.phases is not None)]
         )
 
-    def _speculation(self, width: int) -> list[str]:
+    def _speculation(self) -> Block:
         """How much of what an engine drafted it kept, where its page counts that."""
         rows = [
             [
@@ -266,9 +261,9 @@ class Report(ReportRows):
             for s in self.speculation
         ]
         head = ["speculation", "page", "drafts", "tokens drafted", "accepted", "tokens a draft"]
-        return display.table(head, rows, width, texts=2) if rows else []
+        return [display.Table(head, rows, texts=2)] if rows else []
 
-    def _calibration(self, width: int) -> list[str]:
+    def _calibration(self) -> Block:
         """Sums of the phases beside those of the server's own histograms, where it has some."""
         rows = []
         for c in self.calibration or []:
@@ -284,9 +279,9 @@ class Report(ReportRows):
             rows.append([c["run"], c["phase"], told, tape, between, server, ratio, *counts])
         head = ["phases, sum", "phase", "told by", "tape", "between", "/metrics", "tape / metrics"]
         head += ["n", "n of /metrics"]
-        return display.table(head, rows, width, texts=3) if rows else []
+        return [display.Table(head, rows, texts=3)] if rows else []
 
-    def _interference(self, width: int) -> list[str]:
+    def _interference(self) -> Block:
         rows = []
         for i in self.interference or []:
             parts = (f"{name}_s" for name in ("base", "prefill", "unexplained", "over"))
@@ -301,9 +296,9 @@ class Report(ReportRows):
             )
         head = ["decode time", "base", "prefills", "unexplained", "(slower)", "slow gaps"]
         head += ["with prefill", "all gaps", "lift"]
-        return display.table(head, rows, width) if rows else []
+        return [display.Table(head, rows)] if rows else []
 
-    def _goodput(self, width: int) -> list[str]:
+    def _goodput(self) -> Block:
         rows = [
             [
                 g["run"],
@@ -322,12 +317,12 @@ class Report(ReportRows):
             if g["unjudged"]
         ]
         head = ["goodput", "SLO", "met", "95 %", "met/s", *slo.UNMET]
-        return [*display.table(head, rows, width, texts=2), *unjudged] if rows else []
+        return [display.Table(head, rows, texts=2), *unjudged] if rows else []
 
-    def _steady(self) -> list[str]:
+    def _steady(self) -> Block:
         """For replays: where ramp and drain are over."""
         starts = {t["run"]: t["from_ns"] for t in self.tapes if t["role"] == "replay"}
-        lines = []
+        lines: Block = []
         for s in (s for s in self.steady if s["run"] in starts):
             begin, end = (s[k] - starts[s["run"]] for k in ("from_ns", "until_ns"))
             window = (
@@ -339,7 +334,7 @@ class Report(ReportRows):
             lines.append(f"steady window of {s['run']}: {told}")
         return lines
 
-    def _clocks(self, width: int) -> list[str]:
+    def _clocks(self) -> Block:
         rows = []
         for quality in self.quality:
             run, lag_us = quality["run"], quality["lag_max_us"]
@@ -363,7 +358,7 @@ class Report(ReportRows):
             "clamped",
             "dropped",
         ]
-        return display.table(head, rows, width) if rows else []
+        return [display.Table(head, rows)] if rows else []
 
     def _clock(self, run: str, stamp: str) -> str:
         """The clock of a stamp; with how many rows each where a run has several."""
@@ -372,7 +367,7 @@ class Report(ReportRows):
             return str(found[0]["clock"])
         return ", ".join(f"{c['clock']} {c['requests']:,}" for c in found) or display.NOTHING
 
-    def _causes(self, width: int) -> list[str]:
+    def _causes(self) -> Block:
         rows = [
             [
                 c["run"],
@@ -384,10 +379,10 @@ class Report(ReportRows):
             for c in self.late_causes
         ]
         head = ["late by cause", "cause", "requests", "max after arrival", "max after plan"]
-        return display.table(head, rows, width, texts=2) if rows else []
+        return [display.Table(head, rows, texts=2)] if rows else []
 
-    def _verdicts(self) -> list[str]:
-        lines = []
+    def _verdicts(self) -> Block:
+        lines: Block = []
         for tape in self.tapes:
             if verdict := tape["facts"].get("verdict"):
                 lines.append(f"verdict of {tape['run']}: {verdict['level']}")

@@ -69,20 +69,9 @@ class Tails:
         if self.threshold_ns is None:
             return "\n".join([*lines, f"too few (n={self.n}) to have a {self.above}"]) + "\n"
         lines.insert(1, f"over {display.duration(self.threshold_ns)}: {self.in_tail} of {self.n:,}")
-        groups = [
-            [
-                _NAMES.get(g["property"], g["property"]),
-                g["value"],
-                f"{display.figure(g['lift'])}x",
-                *(display.share(g[f"share_of_{which}"]) for which in ("tail", "all")),
-                display.count(g["in_tail"]),
-                display.count(g["requests"]),
-            ]
-            for g in self.groups
-        ]
-        head = ["shared by the tail", "", "lift", "of tail", "of all", "in tail", "requests"]
+        groups = self.groups_table()
         none = ["", "nothing is clearly more common in the tail than by chance"]
-        lines += ["", *display.table(head, groups, width, texts=2)] if groups else none
+        lines += ["", *display.lines([groups], width)] if groups.rows else none
         worst = [
             [
                 str(w["response_id"] or display.NOTHING),
@@ -96,6 +85,22 @@ class Tails:
         lines += ["", *display.table([*head, "waiting", "cache", "minute"], worst, width, texts=2)]
         lines += ["", *(f"{what}: {query}" for what, query in self.sql.items())]
         return "\n".join(lines) + "\n"
+
+    def groups_table(self) -> display.Table:
+        """What the tail shares, clearest first."""
+        rows = [
+            [
+                _NAMES.get(g["property"], g["property"]),
+                g["value"],
+                f"{display.figure(g['lift'])}x",
+                *(display.share(g[f"share_of_{which}"]) for which in ("tail", "all")),
+                display.count(g["in_tail"]),
+                display.count(g["requests"]),
+            ]
+            for g in self.groups
+        ]
+        head = ["shared by the tail", "", "lift", "of tail", "of all", "in tail", "requests"]
+        return display.Table(head, rows, texts=2)
 
     def _cautions(self) -> list[str]:
         told = [f"the tape holds {display.share(self.coverage)} of what was seen"]

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = {".git", ".venv", "build", "dist", "__pycache__"}
-SHIPPED = {".py", ".sql", ".typed", ".json", ".parquet"}
+SHIPPED = {".py", ".sql", ".typed", ".json", ".parquet", ".css", ".js", ".txt"}
 LINKS = {"proxy", "replay", "analysis", "traces"}
 
 

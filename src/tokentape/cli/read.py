@@ -107,6 +107,11 @@ def report(
     phases: Annotated[
         bool, typer.Option("--phases", help="Queue, prefill and decode, and what prefills cost.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one HTML file with charts that needs no other."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --html.")] = False,
     json: Json = False,
     skip_damaged: SkipDamaged = False,
 ) -> None:
@@ -114,7 +119,9 @@ def report(
 
     Every figure comes with how many values stand behind it.
     """
-    print_report(tapes, slo, phases=phases, json=json, skip_damaged=skip_damaged)
+    if html is not None and html.exists() and not force:
+        raise TapeError(f"{html}: exists; --force replaces it, or choose another name")
+    print_report(tapes, slo, phases=phases, json=json, skip_damaged=skip_damaged, html=html)
 
 
 def print_report(
@@ -124,14 +131,20 @@ def print_report(
     phases: bool = False,
     json: bool,
     skip_damaged: bool = False,
+    html: Path | None = None,
 ) -> None:
-    """The report on tapes, as text or JSON."""
+    """The report on tapes, as text or JSON, and as a page where `html` says."""
     from tokentape.analysis import report as analysis
     from tokentape.analysis.session import connect
 
     objectives = slos(slo)
     with connect(opened(paths, skip_damaged=skip_damaged), slos=objectives) as session:
         found = analysis.report(session, phases=phases)
+        if html is not None:
+            from tokentape import __version__
+            from tokentape.analysis.report_page import page_of
+
+            html.write_text(page_of(session, found, __version__), encoding="utf-8")
     if json:
         print_json(found.as_dict())
     else:
