@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,7 @@ def test_the_example_of_every_verb_runs(
             for _ in range(3):
                 ask(proxy)
         shell(EXAMPLES["replay"].replace(WRITTEN_URL, engine), tmp_path)
+        shutil.copytree(tmp_path / "prod.tape", tmp_path / "other.tape")  # for merge
         monkeypatch.chdir(tmp_path)
         for verb in ("capacity", "sweep"):  # whatever else this machine does meanwhile
             line = f"{EXAMPLES[verb].replace(WRITTEN_URL, engine)} --accept-invalid"

@@ -19,7 +19,8 @@ A tape is a directory:
 
 ```
 prod.tape/
-  tape.json        what it is: format version, id, role, command, versions, options, facts, losses
+  tape.json        what it is: format version, id, role, command, versions, options, facts, losses,
+                   sampled_out, and after compact or merge the clocks of the incarnations
   requests/        Parquet segments; one row per finished request, its events as lists in the row
   telemetry/       Parquet; samples of /metrics pages and of tokentape's own health
   journal/         rows that are not sealed yet; `tokentape recover` seals what a dead process left

@@ -4,13 +4,15 @@ One TapeWriter is one incarnation of one worker: its segments carry its own name
 written twice. It never reads what others wrote and never touches the journal.
 """
 
+import contextlib
 import json
 import os
 import platform
 import secrets
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -46,6 +48,42 @@ _DICTIONARY = [
     for f in REQUESTS
     if f"{f.name}.list.element" not in _ENCODING and f.name not in _ENCODING
 ]
+_TELEMETRY_ENCODING = {"ts_ns": "DELTA_BINARY_PACKED", "end_ns": "DELTA_BINARY_PACKED"}
+_TELEMETRY_DICTIONARY = [n for n in TELEMETRY.names if n not in {*_TELEMETRY_ENCODING, "value"}]
+
+
+@contextlib.contextmanager
+def segment_file(
+    final: Path, schema: pa.Schema, footer: dict[str, Any]
+) -> Iterator[tuple[pq.ParquetWriter, BinaryIO]]:
+    """(writer, file) of a segment of requests or telemetry, which is there when the block ends.
+
+    When the block raises, nothing is left of it.
+    """
+    named = {f"tokentape.{k}": _text(v) for k, v in footer.items()}
+    # Meanings are in FORMAT.md: in every footer they would be half of a small segment.
+    bare = pa.schema([field.remove_metadata() for field in schema], named)
+    requests = "request_id" in schema.names
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        with temporary.open("wb", buffering=WRITE_BYTES) as out:
+            with pq.ParquetWriter(
+                out,
+                bare,
+                compression="zstd",
+                compression_level=ZSTD_LEVEL,
+                use_dictionary=_DICTIONARY if requests else _TELEMETRY_DICTIONARY,
+                column_encoding=_ENCODING if requests else _TELEMETRY_ENCODING,
+                write_page_checksum=True,
+            ) as writer:
+                yield writer, out
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.rename(final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    tape_facts.sync_folder(final.parent)
 
 
 class TapeWriter:
@@ -190,52 +228,20 @@ class TapeWriter:
         n_events = int(pc.sum(pc.list_value_length(table["off_us"])).as_py() or 0)
         now = datetime.fromtimestamp(wall_unix_ns() / 1e9, tz=UTC)
         folder = self.tape / "requests" / f"date={now:%Y-%m-%d}" / f"hour={now:%H}"
-        self._write(
-            folder, table, _ENCODING, _DICTIONARY, {"rows": table.num_rows, "events": n_events}
-        )
+        self._write(folder, table, {"rows": table.num_rows, "events": n_events})
         self.rows_written += table.num_rows
         self.events_written += n_events
         self.segments_sealed += 1
 
     def _write_telemetry(self, table: pa.Table) -> None:
-        encoding = {"ts_ns": "DELTA_BINARY_PACKED", "end_ns": "DELTA_BINARY_PACKED"}
-        names = [n for n in TELEMETRY.names if n not in encoding and n != "value"]
-        self._write(self.tape / "telemetry", table, encoding, names, {"rows": table.num_rows})
+        self._write(self.tape / "telemetry", table, {"rows": table.num_rows})
         self.segments_sealed += 1
 
-    def _write(
-        self,
-        folder: Path,
-        table: pa.Table,
-        encoding: dict[str, str],
-        dictionary: list[str],
-        counts: dict[str, int],
-    ) -> None:
+    def _write(self, folder: Path, table: pa.Table, counts: dict[str, int]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / f"{self.incarnation}-{self.segments_sealed:05d}.parquet"
-        temporary = final.with_name(f".{final.name}.tmp")
-        footer = {f"tokentape.{k}": _text(v) for k, v in (self._footer() | counts).items()}
-        # Meanings are in FORMAT.md: in every footer they would be half of a small segment.
-        bare = pa.schema([field.remove_metadata() for field in table.schema], footer)
-        try:
-            with temporary.open("wb", buffering=WRITE_BYTES) as out:
-                with pq.ParquetWriter(
-                    out,
-                    bare,
-                    compression="zstd",
-                    compression_level=ZSTD_LEVEL,
-                    use_dictionary=dictionary,
-                    column_encoding=encoding,
-                    write_page_checksum=True,
-                ) as writer:
-                    writer.write_table(table.cast(bare), ROW_GROUP_ROWS)
-                out.flush()
-                os.fsync(out.fileno())
-            temporary.rename(final)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        tape_facts.sync_folder(folder)
+        with segment_file(final, table.schema, self._footer() | counts) as (writer, _):
+            writer.write_table(table.cast(writer.schema), ROW_GROUP_ROWS)
 
     def _footer(self) -> dict[str, Any]:
         return {

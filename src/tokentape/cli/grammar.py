@@ -43,6 +43,8 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
     ("info", read.info, "tokentape info prod.tape"),
     ("check", read.check, "tokentape check prod.tape"),
     ("recover", record.recover, "tokentape recover prod.tape"),
+    ("compact", record.compact, "tokentape compact prod.tape"),
+    ("merge", record.merge, "tokentape merge prod.tape other.tape --tape both.tape"),
     ("report", read.report, "tokentape report prod.tape run.tape"),
     ("compare", judge.compare, "tokentape compare prod.tape run.tape"),
     ("fidelity", judge.fidelity, "tokentape fidelity run.tape"),

@@ -1,4 +1,4 @@
-"""Verbs that make or mend a tape: capture, import, generate, recover."""
+"""Verbs that make or mend a tape: capture, import, generate, recover, compact, merge."""
 
 import sys
 from pathlib import Path
@@ -256,3 +256,41 @@ def recover(
         print_json({"rows": done.rows, "cut": done.cut, "events": done.events})
     else:
         print_lines([f"{done.rows} rows sealed ({done.cut} of them cut), {done.events} events"])
+
+
+def compact(
+    tapes: Annotated[
+        list[Path], typer.Argument(metavar="TAPE...", help="Tapes that nobody writes.")
+    ],
+    json: Json = False,
+) -> None:
+    """Rewrite the many files of a tape as few, sorted by arrival; a day begins a new one.
+
+    Nothing else changes. The tape is replaced in one step, when all rows are written.
+    """
+    from tokentape.traces.compact import compact as run
+
+    done = {str(tape): run(tape) for tape in tapes}
+    if json:
+        print_json([{"tape": tape} | vars(one) for tape, one in done.items()])
+    else:
+        print_lines(f"{tape}: {one.text()}" for tape, one in done.items())
+
+
+def merge(
+    tapes: Annotated[list[Path], typer.Argument(metavar="TAPE...", help="Captures, two or more.")],
+    tape: TapeToMake,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Make one tape of several captures, of one fleet or of several days.
+
+    Their times are put on one axis; a request that several have is kept once, and counted.
+    """
+    from tokentape.traces.compact import merge as run
+
+    done = run(tapes, tape, command=command_line(), force=force)
+    if json:
+        print_json(vars(done))
+    else:
+        print_lines([done.text()])
