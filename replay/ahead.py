@@ -57,9 +57,9 @@ class Ahead:
         return len(self._ready)
 
     @property
-    def first(self) -> Outgoing:
-        """The next one to take, which is ready."""
-        return self._ready[0]
+    def peers(self) -> list[URL]:
+        """A URL of each peer that those which are ready go to, that of the next one first."""
+        return list({outgoing.url.origin(): outgoing.url for outgoing in self._ready}.values())
 
     @property
     def full(self) -> bool:

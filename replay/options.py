@@ -23,6 +23,7 @@ class ReplayOptions:
     source: Path
     to: str = field(repr=False)  # may hold credentials
     tape: Path | None = None
+    also_to: tuple[str, ...] = field(default=(), repr=False)  # candidates beside it, taking turns
     speed: Fraction = Fraction(1)
     window: tuple[int | None, int | None] = (None, None)  # ns after the tape's first arrival
     seed: int = 0

@@ -14,7 +14,7 @@ import numpy as np
 
 from tokentape.replay import plan_words
 from tokentape.replay.ahead import Outgoing
-from tokentape.replay.apis import ENDPOINTS, endpoint
+from tokentape.replay.apis import ENDPOINTS, Endpoint, endpoint
 from tokentape.replay.beforehand import Prefixes
 from tokentape.replay.capacity import STREAM_GAP_S, TOKEN_BYTES, Demand, Fit, Machine
 from tokentape.replay.options import ReplayOptions
@@ -51,6 +51,7 @@ class Plan:
     of_requests: int = 0  # of all shards
     shapes: Shapes | None = None  # of the load before and after each operator
     prefixes: Prefixes | None = None  # of prompts, that came before the window
+    places: Numbers | None = None  # of several candidates: which one each request goes to
     clipped: int = 0  # requests that were longer than the candidate takes
 
     def __len__(self) -> int:
@@ -70,6 +71,7 @@ class Plan:
             output_tokens=source.output_tokens,
             apis=source.apis,
             stream=source.stream,
+            places=self.places,
             by_row=True,
             rows=source.rows,
             tape_id=source.tape_id,
@@ -241,6 +243,7 @@ class Plan:
             **self.options.facts,  # what was asked of the candidate outranks what was said of it
             "given": self.options.facts,
             "url": self.target.address.base,
+            "urls": [address.base for address in self.target.addresses],
             "model": self.target.model,
             "prompts": {name: form.rung for name, form in forms},
             "output_pinning": {name: str(form.pinning) for name, form in forms},
@@ -264,8 +267,7 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     """
     if options.namespace is None:
         options = replace(options, namespace=options.fresh_namespace())
-    address = Address.parse(options.to, options.ca)
-    headers = Headers.gather(options.headers, options.key_env, address.userinfo)
+    where = _where(options)
     options.check()
     tape = open_tape(options.source)
     step_ns = tape.facts.get("arrival_resolution_ns")
@@ -307,24 +309,48 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     )
     recorded = np.unique(source.apis[schedule.source_index]).tolist()
     endpoints = sorted({endpoint(options.endpoint, kind) for kind in recorded})
-    prose = options.prompt == "text"
-    if offline:
-        target = unprobed(address, headers, options.model or "unknown", endpoints, prose=prose)
-    else:
-        target = asyncio.run(
-            find_target(
-                address,
-                headers,
-                options.model,
-                endpoints,
-                models=options.models,
-                more=options.body,
-                prose=prose,
-                tokenizer=TokenizerFile(options.tokenizer) if options.tokenizer else None,
-            )
-        )
+    asking = _assumed if offline else _asked
+    target = asking(options, *where, endpoints)
     made = Plan(options, source, schedule, target, tape.facts, not offline, turns, whole, shapes)
     made.prefixes = prefixes
+    if target.others:
+        made.places = shard_of(made.sessions, len(target.addresses))
     if options.clip:
         made.clip()
     return made
+
+
+def _where(options: ReplayOptions) -> tuple[tuple[Address, ...], Headers]:
+    """The candidates, the one that stands for all first, and what they are sent to let us in."""
+    addresses = tuple(Address.parse(to, options.ca) for to in (options.to, *options.also_to))
+    distinct = len({address.base for address in addresses}) == len(addresses)
+    if not distinct or any(address.userinfo for address in addresses[1:]):
+        raise UsageError("--to: several URLs must differ; credentials: --header or --key-env")
+    return addresses, Headers.gather(options.headers, options.key_env, addresses[0].userinfo)
+
+
+def _assumed(
+    options: ReplayOptions, addresses: tuple[Address, ...], headers: Headers, apis: list[Endpoint]
+) -> Target:
+    """Candidates that nobody has asked."""
+    model, prose = options.model or "unknown", options.prompt == "text"
+    target = unprobed(addresses[0], headers, model, apis, prose=prose)
+    return replace(target, others=addresses[1:])
+
+
+def _asked(
+    options: ReplayOptions, addresses: tuple[Address, ...], headers: Headers, apis: list[Endpoint]
+) -> Target:
+    """Candidates as they say that they are; TokentapeError where one is dead or refuses."""
+    asking = find_target(
+        addresses[0],
+        headers,
+        options.model,
+        apis,
+        models=options.models,
+        more=options.body,
+        prose=options.prompt == "text",
+        tokenizer=TokenizerFile(options.tokenizer) if options.tokenizer else None,
+        others=addresses[1:],
+    )
+    return asyncio.run(asking)

@@ -35,7 +35,7 @@ def text(plan: "Plan") -> str:
     lines = [
         f"plan: {shard}{f['requests']} of {of} requests"
         f" ({kinds})" + (f", {f['sessions']} sessions" if f["sessions"] else ""),
-        f"  candidate: {plan.target.address.base}, model {plan.target.model}",
+        _candidates(plan),
         f"  span: {span} (recorded {recorded}, speed {factor(plan.options.speed)})",
         rate,
         *_worker_lines(plan),
@@ -72,12 +72,22 @@ def text(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
+def _candidates(plan: "Plan") -> str:
+    bases = [address.base for address in plan.target.addresses]
+    if plan.places is None:
+        return f"  candidate: {bases[0]}, model {plan.target.model}"
+    counts = np.bincount(plan.places, minlength=len(bases)).tolist()
+    told = ", ".join(f"{base} ({n} requests)" for base, n in zip(bases, counts, strict=True))
+    return f"  candidates: sessions take turns between {told}; model {plan.target.model}"
+
+
 def warnings(plan: "Plan") -> list[str]:
     """What a reader of the results has to know."""
     figures, found = plan.figures, list(plan.target.notes)
-    if not is_private(plan.target.address.base):
-        host = urlsplit(plan.target.address.base).hostname
-        found.append(f"{host} is not a private address: this load goes out into the world")
+    for address in plan.target.addresses:
+        if not is_private(address.base):
+            host = urlsplit(address.base).hostname
+            found.append(f"{host} is not a private address: this load goes out into the world")
     found += _too_much(plan)
     found += [f"impossible here: {reason}" for reason in plan.fit.impossible()]
     step = plan.source_facts.get("arrival_resolution_ns")

@@ -388,12 +388,14 @@ async def find_target(
     more: Mapping[str, Any] = NOTHING,
     prose: bool = False,
     tokenizer: TokenizerFile | None = None,
+    others: tuple[Address, ...] = (),
 ) -> Target:
     """Ask the candidate everything that a run needs to know.
 
     Args: models: which model to ask for where the tape names one; where none is wanted for all,
     those that the candidate offers under their recorded names are asked for as well. more: further
-    fields of each body. prose, tokenizer: as of `Probe`.
+    fields of each body. prose, tokenizer: as of `Probe`. others: candidates that must
+    take requests as the first one does.
     Raises TokentapeError (dead, refusing, or not speaking the endpoint) with one line to act on.
     """
     probe = Probe(address, headers, more, prose=prose, tokenizer=tokenizer)
@@ -405,4 +407,19 @@ async def find_target(
     alike = {} if model is not None or len(probe.offered) < 2 else {n: n for n in probe.offered}
     notes = tuple(probe.notes)
     facts = await probe.facts()
-    return Target(address, headers, name, forms, notes, most_tokens, alike | dict(models), facts)
+    for other in others:
+        twin = Probe(other, headers, more, prose=prose, tokenizer=tokenizer)
+        for endpoint, form in forms.items():
+            _refuse_unlike(form, await twin.form(endpoint, name), address, other)
+    known = alike | dict(models)
+    return Target(address, headers, name, forms, notes, most_tokens, known, facts, others)
+
+
+def _refuse_unlike(form: Form, its_form: Form, first: Address, other: Address) -> None:
+    """UsageError for a candidate that cannot be sent what the first one is sent."""
+    for ours, its in ((form.rung, its_form.rung), (form.pinning, its_form.pinning)):
+        if ours != its:
+            raise UsageError(
+                f"--to {other.base}: differs from {first.base} on {form.endpoint} ({its}; {ours}); "
+                "replay each by itself"
+            )

@@ -206,7 +206,7 @@ class Sender:
         if not len(self._due_ns) or self._stopped:
             self._posted.set()
             return 0
-        return await self._client.connector.warm(self._ahead.first.url, self._warm)
+        return await self._client.connector.warm(self._ahead.peers, self._warm)
 
     async def _unless_stopped[T](self, waiting: Awaitable[T]) -> T | None:
         """Wait for it, or until the run is stopped: None then."""

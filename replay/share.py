@@ -19,7 +19,7 @@ from tokentape.replay.apis import APIS, Endpoint, Wanted, endpoint
 from tokentape.replay.prompts import Draws, PromptSource
 from tokentape.replay.rows import Positions, ReadAhead, TapeRows
 from tokentape.replay.schedule import Ints
-from tokentape.replay.targets import Form, Target
+from tokentape.replay.targets import Address, Form, Target
 from tokentape.replay.turns import Waits
 
 _UNQUOTED = "!#$%&'()*+,/:;=?@[]|<>{}^"  # of a session's name in a header: visible ASCII
@@ -44,6 +44,7 @@ class Share:
     output_tokens: NDArray[np.int32]
     apis: NDArray[np.int8]  # in which each came, see `apis.ENDPOINTS`
     stream: NDArray[np.bool_]
+    places: NDArray[np.int32] | None  # by request: which of the target's addresses; None: one
     by_row: bool
     rows: TapeRows
     tape_id: str
@@ -74,6 +75,7 @@ class Share:
             output_tokens=self.output_tokens[place],
             apis=self.apis[place],
             stream=self.stream[place],
+            places=self.places[kept] if self.places is not None else None,
             by_row=False,
             peak_in_flight=peak_in_flight,
         )
@@ -98,14 +100,16 @@ class Share:
         draws = self._draws(number, form)
         row = self.rows.columns(position, copy) | form.columns(asked_tokens, stream=stream)
         row |= {
-            "endpoint": self.target.address.path(form.endpoint),
+            "endpoint": self._address(number).path(form.endpoint),
             "source_request_id": request_id,
             "copy_index": copy,
             "planned_input_tokens": input_tokens,
             "planned_output_tokens": output_tokens,
         }
+        if self.target.others:
+            row["server_id"] = self._address(number).name
         body = form.body(draws, asked_tokens, stream=stream)
-        url, headers = self._urls[form.endpoint], self._headers_of(form.endpoint, row)
+        url, headers = self._url(number, form.endpoint), self._headers_of(form.endpoint, row)
         if leaving is None:
             return Outgoing(url, headers, body, row)
         by_events = stream and leaving.events > 0
@@ -118,7 +122,8 @@ class Share:
         draws = self._draws(number, form, blocks)
         body = form.body(draws, 1, stream=False)
         row = self.rows.columns(int(self.positions[number]), int(self.copies[number]))
-        return Outgoing(self._urls[form.endpoint], self._headers_of(form.endpoint, row), body, row)
+        url = self._url(number, form.endpoint)
+        return Outgoing(url, self._headers_of(form.endpoint, row), body, row)
 
     def _form(self, number: int) -> Form:
         position = int(self.positions[number])
@@ -148,9 +153,19 @@ class Share:
     def _prompts(self) -> PromptSource:
         return PromptSource(self.tape_id, self.seed, self.namespace)
 
+    def _address(self, number: int) -> Address:
+        """Where the i-th request goes."""
+        addresses = self.target.addresses
+        place = int(self.places[number]) if self.places is not None else 0
+        return addresses[place % len(addresses)]  # a null server stands for all
+
+    def _url(self, number: int, endpoint: Endpoint) -> URL:
+        return self._urls[self._address(number), endpoint]
+
     @cached_property
-    def _urls(self) -> dict[Endpoint, URL]:
-        return {e: URL(self.target.address.url(e)) for e in self.target.forms}
+    def _urls(self) -> dict[tuple[Address, Endpoint], URL]:
+        pairs = ((a, e) for a in self.target.addresses for e in self.target.forms)
+        return {(a, e): URL(a.url(e)) for a, e in pairs}
 
     @cached_property
     def _headers(self) -> dict[Endpoint, dict[str, str]]:

@@ -110,6 +110,11 @@ class Address:
         api = APIS[endpoint]
         return (self.root if api.at_root else self.base) + api.path
 
+    @property
+    def name(self) -> str:
+        """Host and port, to tell it from others."""
+        return urlsplit(self.base).netloc
+
     @classmethod
     def parse(cls, to: str, ca: Path | None = None) -> "Address":
         """An address from --to; /v1 is added where no path is given. UsageError names the fault."""
@@ -229,6 +234,12 @@ class Target:
     max_model_tokens: int | None = None  # prompt and output together, as its /models says
     models: Mapping[str, str] = field(default_factory=dict)  # recorded: asked; else `model`
     facts: Mapping[str, str] = field(default_factory=dict)  # what it says of itself
+    others: tuple[Address, ...] = ()  # alike, and each has its part of the sessions
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """All that requests go to."""
+        return self.address, *self.others
 
     def form(self, endpoint: Endpoint, recorded_model: str | None) -> Form:
         """How a request for that model is asked."""

@@ -15,7 +15,7 @@ import itertools
 import resource
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from errno import errorcode
@@ -240,12 +240,15 @@ class StampedConnector(aiohttp.TCPConnector):
             exchange.connect_ns = monotonic_ns() - began_ns
         return protocol
 
-    async def warm(self, url: URL, count: int) -> int:
-        """Open connections and leave them in the pool; the number of them.
+    async def warm(self, peers: Sequence[URL], count: int) -> int:
+        """Open connections to peers, as many to each, and leave them in the pool; their number.
 
-        The first one resolves the name, and raises one of NO_REPLY when the peer does not take it;
-        a peer that takes no more after that gets no more.
+        The first one to a peer resolves the name, and raises one of NO_REPLY when the peer does not
+        take it; a peer that takes no more after that gets no more.
         """
+        return sum([await self._warm(url, -(-count // len(peers))) for url in peers])
+
+    async def _warm(self, url: URL, count: int) -> int:
         request = ClientRequest("GET", url, loop=self._loop)
         opened = [await self.connect(request, [], NO_TIMEOUT)]
         while len(opened) < count:

@@ -4,7 +4,9 @@ A request is sent once whatever comes back: no retry, no redirect that is follow
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tokentape.replay.options import ReplayOptions
 from tokentape.replay.run import make_plan, run_plan
 from tokentape.replay.targets import is_private
 from tokentape.replay.verdict import _refusal_lines
+from tokentape.traces.errors import TokentapeError, UsageError
 from tokentape.traces.reader import open_tape
 from tokentape.traces.retry_after import retry_after_s
 from tokentape.traces.writer import TapeWriter
@@ -236,3 +239,84 @@ def test_the_plan_names_a_candidate_that_is_not_private(tmp_path: Path) -> None:
         return "api.example.com is not a private address" in plan.text()
 
     assert noted("https://api.example.com") and not noted("http://127.0.0.1:8000")
+
+
+def test_several_candidates_get_whole_sessions_in_turn_and_the_rows_say_who_answered(
+    tmp_path: Path,
+) -> None:
+    """Nine sessions of three turns and nine requests that belong to none, for three candidates."""
+    writer = TapeWriter.create(tmp_path / "s.tape", role="import", command=[], options={}, facts={})
+    for n in range(36):
+        row = {"request_id": n.to_bytes(16), "arrival_ns": n * 4_000_000, "stream": True}
+        session = {"session_id": f"s{n % 9}"} if n < 27 else {}
+        writer.append(row | session | {"input_tokens": 20, "output_tokens": 3, "outcome": "ok"})
+    writer.close()
+    with serve() as a, serve() as b, serve() as c:
+        servers = {server.url.removeprefix("http://"): server for server in (a, b, c)}
+        wanted = ReplayOptions(
+            source=tmp_path / "s.tape",
+            to=a.url,
+            also_to=(b.url, c.url),
+            tape=tmp_path / "r.tape",
+            model="m",
+        )
+        plan = make_plan(wanted)
+        summary = run_plan(plan)
+        counts = {name: len(server.generations) for name, server in servers.items()}
+        with pytest.raises(UsageError, match="--to: several URLs must differ"):
+            make_plan(ReplayOptions(source=tmp_path / "s.tape", to=a.url, also_to=(a.url,)))
+    assert counts == dict.fromkeys(servers, 12)
+    assert "sessions take turns between" in plan.text() and f"{b.url}/v1 (12 req" in plan.text()
+    tape = open_tape(summary.tape)
+    rows = tape.read().to_pylist()
+    assert Counter(row["server_id"] for row in rows) == counts
+    homes = {(row["session_id"], row["server_id"]) for row in rows if row["session_id"]}
+    assert len(homes) == 9 and Counter(home for _, home in homes) == dict.fromkeys(servers, 3)
+    assert tape.facts["candidate"]["urls"] == [f"{server.url}/v1" for server in (a, b, c)]
+    assert {server.connections > 1 for server in (a, b, c)} == {True}  # warmed, each of them
+
+
+def test_a_second_candidate_that_is_dead_or_takes_other_prompts_ends_the_plan(
+    tmp_path: Path,
+) -> None:
+    options = offline_options(tmp_path, "")
+
+    def words_only(seen: Seen) -> Sequence[Step]:
+        ids = seen.path.endswith("completions") and isinstance(seen.json["prompt"], list)
+        return plain(422, {"error": "text only"}) if ids else engine_like(seen)
+
+    with serve() as a, serve(words_only) as b:
+        with pytest.raises(UsageError, match=r"differs from .* on completions .*; replay each by"):
+            make_plan(replace(options, to=a.url, also_to=(b.url,)))
+        with pytest.raises(TokentapeError, match="nothing answers"):
+            make_plan(replace(options, to=a.url, also_to=("http://127.0.0.1:9",)))
+
+
+def test_adapters_keep_their_names_and_a_further_field_reaches_each_request(tmp_path: Path) -> None:
+    """LoRA adapters are models by name; a priority is a field of the body."""
+    asked = ["base", "lora-a", "lora-b", "lora-old", "lora-a"]
+    writer = TapeWriter.create(tmp_path / "s.tape", role="import", command=[], options={}, facts={})
+    for n, model in enumerate(asked):
+        row = {"request_id": n.to_bytes(16), "arrival_ns": n * 4_000_000, "stream": True}
+        row |= {"model_requested": model, "extra": '{"priority":3}'}
+        writer.append(row | {"input_tokens": 20, "output_tokens": 3, "outcome": "ok"})
+    writer.close()
+
+    def script(seen: Seen) -> Sequence[Step]:
+        if seen.path.endswith("/models"):
+            return plain(200, {"data": [{"id": m} for m in ("base", "lora-a", "lora-b")]})
+        return streamed(seen)
+
+    with serve(script) as server:
+        wanted = ReplayOptions(
+            source=tmp_path / "s.tape",
+            to=server.url,
+            tape=tmp_path / "r.tape",
+            models={"lora-old": "lora-b"},
+            body={"priority": 3},
+        )
+        run_plan(make_plan(wanted))
+    sent = ["base", "lora-a", "lora-b", "lora-b", "lora-a"]
+    assert [s.json["model"] for s in server.generations] == sent
+    assert {s.json["priority"] for s in server.generations} == {3}
+    assert open_tape(tmp_path / "r.tape").read()["model_requested"].to_pylist() == sent

@@ -53,7 +53,7 @@ async def send(
     exchanges = []
     async with open_client() as client:
         if warm:
-            await client.connector.warm(URL(url), warm)
+            await client.connector.warm([URL(url)], warm)
         tasks = []
         for number, body in enumerate(bodies, 1):
             exchange = Exchange(recorder)

@@ -365,6 +365,28 @@ def test_turns_wait_for_slow_replies_and_the_rows_say_what_moved_them(tmp_path: 
     assert "after their planned time, as those before them ended late" in summary.verdict.text()
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_turn_whose_parent_is_refused_goes_out_a_think_time_after_the_refusal(
+    tmp_path: Path, status: int
+) -> None:
+    """It refuses 0 at once with Retry-After: nothing is tried again, its turn follows."""
+    head = f"HTTP/1.1 {status} X\r\nRetry-After: 9\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+
+    def full(seen: Seen) -> Sequence[Step]:
+        first = seen.path.endswith("completions") and len(seen.json["prompt"]) == 20
+        return [head] if first else engine_like(seen)
+
+    rows = [row(0, 0, 100), row(1, 130, 20, parents=[0], think_ns=30 * MS)]
+    summary, source = replayed(tmp_path, rows, full, turns="think")
+    assert links_kept(source, summary.tape) == (1, 0)
+    parent, child = open_tape(summary.tape).read().to_pylist()
+    assert (parent["outcome"], parent["http_status"]) == ("http_error", status)
+    assert child["outcome"] == "ok" and child["parents"] == [parent["request_id"]]
+    assert child["arrival_ns"] == parent["end_ns"] + 30 * MS
+    assert summary.verdict.figures["after_failure"] == 1
+    assert "1 sent after one that failed, as if it had not" in summary.verdict.text()
+
+
 def test_think_sends_before_the_planned_time_where_the_candidate_is_faster(tmp_path: Path) -> None:
     summary, source = replayed(tmp_path, THINKING, engine_like, turns="think")
     assert links_kept(source, summary.tape) == (5, 0)

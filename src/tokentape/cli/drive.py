@@ -27,7 +27,12 @@ CALIBRATE_FROM_NS = 60_000_000_000  # of a plan: a calibration takes up to 20 s
 def replay(
     source: asking.TapeToReplay,
     to: Annotated[
-        str, typer.Option("--to", metavar="URL", help="The candidate: http(s)://HOST:PORT.")
+        list[str],
+        typer.Option(
+            "--to",
+            metavar="URL",
+            help="The candidate: http(s)://HOST:PORT. Several are one: sessions take turns.",
+        ),
     ],
     tape: Annotated[
         Path | None, typer.Option("--tape", metavar="DIR", help="The run's tape to write.")
@@ -165,7 +170,8 @@ def replay(
     loop_ns, loop_passes = units.repeats("--loop", loop) if loop is not None else (None, None)
     options = ReplayOptions(
         **shared,
-        to=to,
+        to=to[0],
+        also_to=tuple(to[1:]),
         tape=tape,
         speed=units.factor("--speed", speed),
         namespace="" if warm_cache else namespace,
@@ -217,9 +223,11 @@ def ask_about(plan: "Plan") -> None:
     """
     from tokentape.replay.targets import is_private
 
-    base = plan.target.address.base
-    if not is_private(base) and sys.stdin.isatty() and sys.stderr.isatty():
-        typer.confirm(f"{base} is not private. Send {len(plan)} requests?", abort=True, err=True)
+    bases = [a.base for a in plan.target.addresses if not is_private(a.base)]
+    if bases and sys.stdin.isatty() and sys.stderr.isatty():
+        typer.confirm(
+            f"{', '.join(bases)} is not private. Send {len(plan)} requests?", abort=True, err=True
+        )
 
 
 def _floor(plan: "Plan") -> "Floor":
