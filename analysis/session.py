@@ -25,6 +25,7 @@ from tokentape.analysis.hardware import HARDWARE_TABLE, Hardware, hardware_row
 from tokentape.analysis.modules import Module, load_order
 from tokentape.analysis.slo import UNKNOWN_PRESETS, Slo, slo_table
 from tokentape.analysis.views import ON_DEMAND, comment, make, metrics_table, named, quoted
+from tokentape.traces.content import content_datasets, content_files
 from tokentape.traces.errors import TapeError, UsageError
 from tokentape.traces.reader import Tape, open_tape
 from tokentape.traces.schema import REQUESTS, TELEMETRY
@@ -126,11 +127,13 @@ def connect(
     threads: int | None = None,
     hardware: Mapping[str, Hardware] = MappingProxyType({}),
     slos: Sequence[Slo] = (),
+    content_key: bytes = b"",
 ) -> Session:
     """Open a session over tapes or their paths; `memory_limit` as in "500MB".
 
     hardware: facts by run label that replace the tape's own; "" for every run that is not named.
-    slos: what the view `goodput` holds the runs against.
+    slos: what the view `goodput` holds the runs against. content_key: of the bodies, where they are
+    encrypted; without it there is no view `content` over them.
     """
     opened = [t if isinstance(t, Tape) else open_tape(t) for t in tapes]
     if not opened:
@@ -152,6 +155,7 @@ def connect(
         make(connection, [module for module in modules if module.name not in ON_DEMAND])
         _refuse_unknown_presets(connection)
         _open_files(connection, opened, session.labels)
+        _open_content(connection, opened, session.labels, content_key)
         _lock(connection, opened)
     except duckdb.Error as error:
         connection.close()
@@ -218,6 +222,23 @@ def _open_files(
     connection.execute(
         f"UPDATE _tapes SET sampled = run IN (SELECT run FROM {ROWS} WHERE sample_prob < 1)"
     )
+
+
+def _open_content(
+    connection: duckdb.DuckDBPyConnection, tapes: list[Tape], labels: list[str], key: bytes
+) -> None:
+    """The view `content`, where a tape has bodies that can be read.
+
+    Through Arrow: DuckDB 2.0 fails on encrypted files as soon as a filter leaves rows out.
+    """
+    scans: list[str] = []
+    for run, tape in zip(labels, tapes, strict=True):
+        for found in content_datasets(tape.path, key):
+            name = f"_content_{len(scans)}"
+            connection.register(name, found)
+            scans.append(f"SELECT {quoted(run)} AS run, * FROM {name}")
+    if scans:
+        connection.execute(f"CREATE VIEW content AS {' UNION ALL '.join(scans)}")
 
 
 def _tape_row(tape: Tape, run: str) -> dict[str, Any]:
@@ -336,6 +357,7 @@ def _files(tapes: list[Tape]) -> Iterator[Path]:
     for tape in tapes:
         yield from (segment.path for segment in tape.segments)
         yield from tape.telemetry_files
+        yield from content_files(tape.path)
 
 
 def _shown(error: duckdb.Error, tapes: list[Tape]) -> TapeError | UsageError:

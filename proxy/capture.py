@@ -26,7 +26,7 @@ from tokentape.proxy.supervisor import Supervisor, bind
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.errors import TokentapeError, UsageError
 from tokentape.traces.prepare import make_ready
-from tokentape.traces.privacy import KEY_BYTES, Privacy, load_key
+from tokentape.traces.privacy import KEY_BYTES, Privacy, content_key_id, load_content_key, load_key
 from tokentape.traces.recording import say
 from tokentape.traces.sampler import Sampler, keep_facts
 
@@ -90,9 +90,11 @@ def capture(
             f"--listen {options.listen}: {error.strerror}; choose another port, or 0 for a free one"
         ) from None
     try:
-        lock_fd, key = _ready_tape(options, upstream)
+        content_key = _content_key(options)
+        lock_fd, key = _ready_tape(options, upstream, content_key)
         before = set(tape_facts.read_facts(options.tape).get("seen", {}))
         hello = {"options": to_json(options, upstream), "key": key.hex()}
+        hello["content_key"] = content_key.hex()
         url = _url(sockets[0], options)
         with os.fdopen(lock_fd), _sampled(options, lock_fd):
             done, deaths = asyncio.run(_run(sockets, hello, lock_fd, lambda: on_ready(url), watch))
@@ -144,7 +146,18 @@ def _url(bound: socket.socket, options: CaptureOptions) -> str:
     return f"{scheme}://[{at}]:{number}" if ":" in at else f"{scheme}://{at}:{number}"
 
 
-def _ready_tape(options: CaptureOptions, upstream: str) -> tuple[int, bytes]:
+def _content_key(options: CaptureOptions) -> bytes:
+    """The key of the bodies; none where there are none, or where they lie in the clear."""
+    if options.content_key_file is None:
+        if options.content == "full":
+            say("--content full: bodies are written readable; --content-key-file encrypts them")
+        return b""
+    if options.content != "full":
+        raise UsageError("--content-key-file: encrypts bodies; give --content full as well")
+    return load_content_key(options.content_key_file)
+
+
+def _ready_tape(options: CaptureOptions, upstream: str, content_key: bytes) -> tuple[int, bytes]:
     """(the lock's descriptor, the tape's key) of the tape, new or going on."""
     if options.content == "none":
         key, key_id = secrets.token_bytes(KEY_BYTES), None  # groups callers within this life only
@@ -165,7 +178,8 @@ def _ready_tape(options: CaptureOptions, upstream: str) -> tuple[int, bytes]:
         role="capture",
         command=options.command,
         options=given | {"workers": options.workers},
-        facts={"candidate": {"url": upstream, "given": options.facts}, "key_id": key_id},
+        facts={"candidate": {"url": upstream, "given": options.facts}, "key_id": key_id}
+        | ({"content_key_id": content_key_id(content_key)} if content_key else {}),
         content=options.content,
         append=True,
     )

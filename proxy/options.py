@@ -21,6 +21,7 @@ class CaptureOptions:
     listen: str = "127.0.0.1:8080"
     content: Mode = "structure"
     key_file: Path | None = None
+    content_key_file: Path | None = None  # bodies of the mode full are encrypted with its key
     facts: dict[str, str] = field(default_factory=dict)
     command: list[str] = field(default_factory=list)
     drain_s: float = 30.0
@@ -36,7 +37,7 @@ class CaptureOptions:
 
 
 BACKLOG = 4096  # stock: 100, which refuses bursts of new connections
-_PATHS = ("tape", "key_file", "certificate", "upstream_ca")
+_PATHS = ("tape", "key_file", "content_key_file", "certificate", "upstream_ca")
 
 
 def to_json(options: CaptureOptions, upstream: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def _work(control: socket.socket, hello: dict[str, Any]) -> dict[str, Any]:
         "worker": worker,
         "content": options.content,
         "key": hello["key"],
+        "content_key": hello["content_key"],
         "fsync": options.fsync,
         "keep": options.keep.as_dict() if options.keep is not None else None,
         "session_headers": options.session_headers,

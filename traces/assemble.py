@@ -15,6 +15,8 @@ from tokentape.traces import blocks
 from tokentape.traces.blocks import MAX_BODY_BYTES
 from tokentape.traces.chunked import ChunkDecoder
 from tokentape.traces.clock import TapeClock
+from tokentape.traces.content import Bodies, Keeper
+from tokentape.traces.event_lists import stream_columns
 from tokentape.traces.identity import request_id
 from tokentape.traces.keep import UNTIL_ITS_END, Keep
 from tokentape.traces.open_request import OpenRequest, State, Unfinished
@@ -37,7 +39,6 @@ _ALWAYS_SOUND = frozenset(
     | UNTIL_ITS_END.keys()
 )
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
-_UINT32_END = 1 << 32
 _REPLY = (blocks.REPLY_CHUNKED, blocks.REPLY_DATA)
 _decode = msgspec.msgpack.Decoder().decode
 
@@ -56,6 +57,9 @@ class Sink(Protocol):
 
     def left_out(self, stream: int, row: dict[str, Any]) -> None:
         """A request has ended whose row is not kept, by intent."""
+
+    def bodies(self, row: dict[str, Any]) -> None:
+        """The bodies of a request that is about to be finished, a row of `content.CONTENT`."""
 
     def sampled(self, samples: list[tuple[int, int, str, str, str, float]]) -> None:
         """Telemetry samples, in tape time."""
@@ -84,6 +88,8 @@ class Assembler:
         self.sampled_out = 0
         self._keep = keep  # None: every row
         self._turns = Turns(privacy, session_headers)
+        self._keeps_bodies = privacy.mode == "full"
+        self._keeper = Keeper()
 
     def take(self, block: memoryview) -> None:
         """Read every record of a block."""
@@ -128,6 +134,8 @@ class Assembler:
         """Body bytes that passed, and that nobody will read."""
         if kind == blocks.UNKEPT_REPLY:
             request.reply_bytes += size
+            if request.bodies is not None:
+                request.bodies.holes.add("response")
         else:
             request.body_bytes += size
             self._give_up_body(request)
@@ -144,6 +152,8 @@ class Assembler:
         """The body will not be parsed; its bytes still count."""
         if request.body is not None:
             self._bodies_bytes -= len(request.body)
+            if request.bodies is not None:
+                self._keeper.request(request.bodies, request.body)
             request.body = None
             request.row["parse_status"] = "partial"
 
@@ -157,11 +167,14 @@ class Assembler:
         request.row["parse_status"] = "error"
         if kind == blocks.CLOSE:
             kept = {n: v for n, v in request.row.items() if n in _ALWAYS_SOUND}
+            self._hand_over_bodies(request)
             del self.open[stream]
             self._sink.finished(stream, self._visible({"end_ns": t_ns, "outcome": "cut"} | kept))
 
     def _gap(self, request: OpenRequest) -> None:
         """Pieces were dropped here: neither a body nor a reply with a hole is believed."""
+        if request.bodies is not None:
+            request.bodies.holes.add("request" if request.parser is None else "response")
         if request.parser is None:
             self._give_up_body(request)
         elif request.parser.decoder is not None:
@@ -181,6 +194,9 @@ class Assembler:
             request.turn = self._turns.told_by_head(head[2])
             row.update(self._turns.named(request.turn))
             request.coding = coding_of(_coding(head[2]) or "")
+            if self._keeps_bodies:
+                request.bodies = Bodies()
+                request.bodies.told("request", head[2])
         else:
             request.body = None
         if self._keep is not None:
@@ -227,6 +243,8 @@ class Assembler:
         if request.body is not None:
             body, request.body = request.body, None
             self._bodies_bytes -= len(body)
+            if request.bodies is not None:
+                self._keeper.request(request.bodies, body)
         elif request.row.get("prompt_bytes") is None and request.body_bytes:
             body = bytearray()  # given up
         else:
@@ -257,6 +275,8 @@ class Assembler:
             columns["retry_after_s"] = retry_after_s(found)
         columns |= head_columns(request.row.get("wire_format") or "", found)
         request.row.update(columns)
+        if request.bodies is not None:
+            request.bodies.told("response", headers)
         self._sink.learned(stream, self._visible(columns))
         request.read_reply_as(found.get(b"content-type", ""))
 
@@ -278,6 +298,11 @@ class Assembler:
         if t_ns != request.last_ns:
             self._new_read(stream, request, t_ns)
         request.reply_bytes += len(data)
+        self._read_reply(request, t_ns, data)
+
+    def _read_reply(self, request: OpenRequest, t_ns: int, data: bytes) -> None:
+        if request.bodies is not None:
+            self._keeper.response(request.bodies, data)
         parser = request.parser
         if parser is None:
             return
@@ -313,6 +338,7 @@ class Assembler:
             row.update(self._turns.close(request.turn, row))
         kept = self._kept(request)
         visible = self._visible(row if kept is None else row | kept)
+        self._hand_over_bodies(request, wanted=kept is not None)
         del self.open[stream]
         if kept is None:
             self.sampled_out += 1
@@ -326,6 +352,16 @@ class Assembler:
             return {}
         draw = request.turn.draw if request.turn is not None else self._turns.alone(request.row)
         return self._keep.judge(draw, request.row)
+
+    def _hand_over_bodies(self, request: OpenRequest, *, wanted: bool = True) -> None:
+        """Before the row: a row whose bodies are lost says less than bodies without a row."""
+        bodies, request.bodies = request.bodies, None
+        if bodies is None:
+            return
+        self._keeper.release(bodies)
+        if wanted:
+            request_id = request.row["request_id"]
+            self._sink.bodies(bodies.row(request_id, request.body_bytes, request.reply_bytes))
 
     def _telemetry(self, t_ns: int, payload: bytes) -> None:
         end_ns, source, samples = _decode(payload)
@@ -344,6 +380,10 @@ class Assembler:
     def adopt(self, stream: int, left: Unfinished, *, gap: bool = False) -> None:
         """Go on with a request of a writer that is dead; `gap`: not all since then comes again."""
         request = self.open[stream] = OpenRequest.resume(left, self._clock.offset_ns)
+        if self._keeps_bodies:
+            request.bodies = Bodies()
+            if request.reply_bytes:  # its beginning died with the writer
+                request.bodies.holes.add("response")
         if gap:
             request.missed += 1
             self._gap(request)
@@ -449,36 +489,6 @@ def _admit_unread(row: dict[str, Any], beyond: int, missed: int) -> None:
     row["parse_status"] = "truncated" if beyond else "partial"
     if row.get("output_tokens_source") != "usage":
         row["output_tokens"] = row["output_tokens_source"] = None
-
-
-def stream_columns(
-    row: dict[str, Any], t_ns: Any, ntok: Any, cls: Any, choice: Any, aux_t_ns: Any, aux_cls: Any
-) -> None:
-    """Fill the event lists of a row; times in the row's own base, counted from send_ns.
-
-    A stamp later than the one after it is lowered to that one, and counted in `clamped_events`.
-    """
-    base = row.get("send_ns") or row["arrival_ns"]
-    off_us, clamped, late = _offsets(t_ns, base)
-    kept = len(off_us)
-    row["off_us"], row["ntok"] = off_us, np.asarray(ntok, dtype=np.uint16)[:kept]
-    row["cls"] = bytes(cls)[:kept]
-    row["choice"] = bytes(choice)[:kept] if choice is not None else None
-    row["aux_off_us"], aux_clamped, aux_late = _offsets(aux_t_ns, base)
-    row["aux_cls"] = bytes(aux_cls)[: len(row["aux_off_us"])]
-    row["clamped_events"] = clamped + aux_clamped
-    row["events_overflowed"] = late + aux_late
-    if late:
-        row["ntok_source"] = "overflowed"
-
-
-def _offsets(t_ns: Any, base_ns: int) -> tuple[Any, int, int]:
-    """(offsets in us as uint32, how many were lowered, how many lie past what uint32 holds)."""
-    off_us = (np.asarray(t_ns, dtype=np.int64) - base_ns) // 1000
-    rising = np.maximum(np.minimum.accumulate(off_us[::-1])[::-1], 0)
-    kept = int(np.searchsorted(rising, _UINT32_END))
-    clamped = int(np.count_nonzero(rising != off_us))
-    return rising[:kept].astype(np.uint32), clamped, len(off_us) - kept
 
 
 def _mark_early(row: dict[str, Any]) -> None:

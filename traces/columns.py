@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tokentape.traces.content import CONTENT
 from tokentape.traces.schema import REQUESTS, TELEMETRY, row_problem
 
 _FLAT = {pa.int64(): np.int64, pa.uint32(): np.uint32, pa.uint16(): np.uint16, pa.uint8(): np.uint8}
@@ -54,6 +55,14 @@ def requests_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_arrays(
         [_column(field, [row.get(field.name) for row in ordered]) for field in REQUESTS],
         schema=REQUESTS,
+    )
+
+
+def content_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows of bodies as a table."""
+    return pa.Table.from_arrays(
+        [_column(field, [row.get(field.name) for row in rows]) for field in CONTENT],
+        schema=CONTENT,
     )
 
 

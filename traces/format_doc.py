@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from tokentape.traces import schema, words
+from tokentape.traces.content import CONTENT
 
 HEAD = """\
 # The tape, format {version}
@@ -22,6 +23,7 @@ prod.tape/
   tape.json        what it is: format version, id, role, command, versions, options, facts, losses,
                    sampled_out, and after compact or merge the clocks of the incarnations
   requests/        Parquet segments; one row per finished request, its events as lists in the row
+  content/         Parquet; bodies, in the mode `full` only, encrypted where a key was given
   telemetry/       Parquet; samples of /metrics pages and of tokentape's own health
   journal/         rows that are not sealed yet; `tokentape recover` seals what a dead process left
 ```
@@ -34,6 +36,13 @@ prod.tape/
 - `role` is one of {roles}.
 - A new nullable column is a minor version; a changed meaning is a major one, and readers refuse a
   major version that they do not know.
+"""
+
+CONTENT_HEAD = """\
+`content/*.parquet`, in the mode `full` only: a row for each request whose bodies were kept. A file
+that begins with `PARE` is encrypted whole (Parquet modular encryption, AES-GCM, the content key for
+footer and columns); `content_key_id` in tape.json names the key. Readers of `requests/` need none.
+A request of which a killed writer held the bodies has no row here.
 """
 
 # Run as it stands, with nothing but pyarrow, by a test that then replays what it wrote.
@@ -116,6 +125,11 @@ def _lines() -> Iterator[str]:
     for field in schema.TELEMETRY:
         told = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
         yield _row(f"`{field.name}`", _type(str(field.type)), told.get("unit", ""), told["meaning"])
+    yield "\n## Content\n"
+    yield CONTENT_HEAD
+    yield from _table("column", "type", "meaning")
+    for field in CONTENT:
+        yield _row(f"`{field.name}`", _type(str(field.type)), field.metadata[b"meaning"].decode())
     yield "\n## Values\n"
     yield f"- `outcome`: {_named(words.OUTCOMES)}"
     yield f"- clocks, best first: {_named(words.CLOCKS)}; a row keeps its worst"

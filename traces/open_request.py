@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from tokentape.traces.chunked import ChunkDecoder
+from tokentape.traces.content import Bodies
 from tokentape.traces.schema import INSTANTS
 from tokentape.traces.turns import Turn
 from tokentape.traces.wire import ReplyParser, reply_parser
@@ -53,6 +54,7 @@ class OpenRequest:
 
     __slots__ = (
         "beyond",
+        "bodies",
         "body",
         "body_bytes",
         "coding",
@@ -87,6 +89,7 @@ class OpenRequest:
         self.journaled = (0, 0)
         self.state: State | None = None  # as journaled last
         self.beyond = 0  # pieces of the reply that came after MAX_EVENTS
+        self.bodies: Bodies | None = None  # bodies, in the mode full
         self.turn: Turn | None = None  # of a request whose head was seen
         self.missed = 0  # messages that a dead writer held a part of
 

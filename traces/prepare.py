@@ -53,6 +53,11 @@ def _refuse_other(tape: Path, role: str, content: str, facts: dict[str, Any]) ->
             f"{tape}: was written under another key, so its prefixes would not match; "
             "give the same --key-file, or choose another --tape"
         )
+    if old.get("content_key_id") != facts.get("content_key_id"):
+        raise TapeError(
+            f"{tape}: its bodies are under another content key, or under none; "
+            "give the same --content-key-file, or choose another --tape"
+        )
     if old.get("candidate", {}).get("url") != facts.get("candidate", {}).get("url"):
         raise TapeError(
             f"{tape}: was captured from {old.get('candidate', {}).get('url')}; "

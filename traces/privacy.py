@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokentape.traces.wire import Prompt
 
 KEY_BYTES = 32
+CONTENT_KEY_SIZES = (16, 32)  # bytes: AES-128 and AES-256
 BLOCK_TOKENS = 128  # keeps a long prompt's hashes at one 64-bit number for about 512 bytes of text
 BLOCK_TEXT_BYTES = 512
 
@@ -101,3 +102,37 @@ def load_key(tape: Path, key_file: Path | None) -> bytes:
     if len(key) != KEY_BYTES:
         raise UsageError(f"--key-file {path}: need {KEY_BYTES} bytes, raw or as 64 hex digits")
     return key
+
+
+def load_content_key(path: Path) -> bytes:
+    """The key of a file of 16 or 32 bytes, raw or as hex digits, that its owner alone may read.
+
+    UsageError for any other file.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            raw = file.read(4096)
+    except OSError as error:
+        raise UsageError(f"--content-key-file {path}: {error.strerror}") from None
+    if mode & 0o077:
+        raise UsageError(f"--content-key-file {path}: others may read it; chmod 600 {path}")
+    if len(raw) in CONTENT_KEY_SIZES:
+        return raw
+    try:
+        key = bytes.fromhex(raw.decode().strip())
+    except ValueError:
+        key = b""
+    if len(key) not in CONTENT_KEY_SIZES:
+        raise UsageError(
+            f"--content-key-file {path}: need 16 or 32 bytes, raw or as 32 or 64 hex digits"
+        )
+    return key
+
+
+def content_key_id(key: bytes) -> str:
+    """Names a content key without telling it."""
+    named = hashlib.blake2b(
+        b"tokentape content key id", digest_size=8, key=key, person=b"content-key"
+    )
+    return named.hexdigest()

@@ -71,9 +71,9 @@ class Recorder:
     ) -> None:
         """A recorder on a tape whose lock is held; it takes over `lock_fd`.
 
-        `hello` is what the writer must know: worker, content, key, fsync; what of a capture is
-        kept (`keep.py`), session headers beside the known ones, and the clock's anchor where
-        several processes share one. TapeError when it does not start.
+        `hello` is what the writer must know: worker, content, key, fsync; content_key where bodies
+        are encrypted; what of a capture is kept (`keep.py`), session headers beside the known ones,
+        and the clock's anchor where several processes share one. TapeError when it does not start.
         """
         self.tape = tape
         self._lock_fd = lock_fd

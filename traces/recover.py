@@ -17,7 +17,7 @@ import msgspec
 
 from tokentape.traces import facts as tape_facts
 from tokentape.traces import journal
-from tokentape.traces.assemble import stream_columns
+from tokentape.traces.event_lists import stream_columns
 from tokentape.traces.journal_files import counter_path
 from tokentape.traces.open_request import State, Unfinished
 from tokentape.traces.schema import INSTANTS

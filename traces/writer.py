@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.clock import wall_unix_ns
-from tokentape.traces.columns import requests_table, telemetry_table
+from tokentape.traces.columns import content_table, requests_table, telemetry_table
+from tokentape.traces.content import CONTENT, FOLDER, encryption, size_bytes
 from tokentape.traces.identity import incarnation
 from tokentape.traces.schema import REQUESTS, TELEMETRY
 from tokentape.traces.words import FORMAT_VERSION
@@ -50,20 +51,26 @@ _DICTIONARY = [
 ]
 _TELEMETRY_ENCODING = {"ts_ns": "DELTA_BINARY_PACKED", "end_ns": "DELTA_BINARY_PACKED"}
 _TELEMETRY_DICTIONARY = [n for n in TELEMETRY.names if n not in {*_TELEMETRY_ENCODING, "value"}]
+_CONTENT_DICTIONARY = [n for n in CONTENT.names if n.endswith(("_type", "_coding"))]
+_STORED: dict[str, tuple[dict[str, str], list[str]]] = {  # by the last column
+    REQUESTS.names[-1]: (_ENCODING, _DICTIONARY),
+    TELEMETRY.names[-1]: (_TELEMETRY_ENCODING, _TELEMETRY_DICTIONARY),
+    CONTENT.names[-1]: ({}, _CONTENT_DICTIONARY),
+}
 
 
 @contextlib.contextmanager
 def segment_file(
-    final: Path, schema: pa.Schema, footer: dict[str, Any]
+    final: Path, schema: pa.Schema, footer: dict[str, Any], key: bytes = b""
 ) -> Iterator[tuple[pq.ParquetWriter, BinaryIO]]:
-    """(writer, file) of a segment of requests or telemetry, which is there when the block ends.
+    """(writer, file) of a segment of requests, telemetry or content, there when the block ends.
 
-    When the block raises, nothing is left of it.
+    `key` encrypts it whole. When the block raises, nothing is left of it.
     """
     named = {f"tokentape.{k}": _text(v) for k, v in footer.items()}
     # Meanings are in FORMAT.md: in every footer they would be half of a small segment.
     bare = pa.schema([field.remove_metadata() for field in schema], named)
-    requests = "request_id" in schema.names
+    encoding, dictionary = _STORED[schema.names[-1]]
     temporary = final.with_name(f".{final.name}.tmp")
     try:
         with temporary.open("wb", buffering=WRITE_BYTES) as out:
@@ -72,9 +79,10 @@ def segment_file(
                 bare,
                 compression="zstd",
                 compression_level=ZSTD_LEVEL,
-                use_dictionary=_DICTIONARY if requests else _TELEMETRY_DICTIONARY,
-                column_encoding=_ENCODING if requests else _TELEMETRY_ENCODING,
+                use_dictionary=dictionary,
+                column_encoding=encoding,
                 write_page_checksum=True,
+                encryption_properties=encryption(key),
             ) as writer:
                 yield writer, out
             out.flush()
@@ -102,7 +110,9 @@ class TapeWriter:
         *,
         name: str = "",
         heir_of: str = "",
+        content_key: bytes = b"",
     ) -> None:
+        """`content_key` encrypts bodies (`append_content`); without one they lie in the clear."""
         self.tape = tape
         self.facts = tape_facts.read_facts(tape)
         self.worker = worker
@@ -119,6 +129,8 @@ class TapeWriter:
         self.lost_reads = 0  # pieces of replies that were seen and are in no row
         self.pending_bytes = 0
         self._lock_fd = lock_fd
+        self._content_key = content_key
+        self._content: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
         self._telemetry: list[tuple[int, int, str, str, str, float]] = []
 
@@ -157,6 +169,11 @@ class TapeWriter:
         self._telemetry.append(sample)
         self.pending_bytes += 120
 
+    def append_content(self, row: dict[str, Any]) -> None:
+        """Keep the bodies of a request (a row of content.CONTENT) for the next segment."""
+        self._content.append(row)
+        self.pending_bytes += size_bytes(row)
+
     @property
     def pending(self) -> tuple[list[dict[str, Any]], list[tuple[int, int, str, str, str, float]]]:
         """(rows, telemetry samples) that wait for the next segment."""
@@ -172,6 +189,7 @@ class TapeWriter:
         if dropped:
             self.losses[reason] = self.losses.get(reason, 0) + dropped
         self._rows.clear()
+        self._content.clear()
         self._telemetry.clear()
         self.pending_bytes = 0
         return dropped
@@ -181,7 +199,10 @@ class TapeWriter:
 
         An OSError (a full disk) leaves everything pending as it was.
         """
-        wrote = bool(self._rows or self._telemetry)
+        wrote = bool(self._rows or self._telemetry or self._content)
+        if self._content:  # first: rows that are sealed have their bodies beside them
+            self._write_content(content_table(self._content))
+            self._content = []
         if self._rows:
             self._drop_unwritable()
             self._write_requests(requests_table(self._rows))
@@ -233,14 +254,20 @@ class TapeWriter:
         self.events_written += n_events
         self.segments_sealed += 1
 
+    def _write_content(self, table: pa.Table) -> None:
+        self._write(self.tape / FOLDER, table, {"rows": table.num_rows}, self._content_key)
+        self.segments_sealed += 1
+
     def _write_telemetry(self, table: pa.Table) -> None:
         self._write(self.tape / "telemetry", table, {"rows": table.num_rows})
         self.segments_sealed += 1
 
-    def _write(self, folder: Path, table: pa.Table, counts: dict[str, int]) -> None:
+    def _write(
+        self, folder: Path, table: pa.Table, counts: dict[str, int], key: bytes = b""
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / f"{self.incarnation}-{self.segments_sealed:05d}.parquet"
-        with segment_file(final, table.schema, self._footer() | counts) as (writer, _):
+        with segment_file(final, table.schema, self._footer() | counts, key) as (writer, _):
             writer.write_table(table.cast(writer.schema), ROW_GROUP_ROWS)
 
     def _footer(self) -> dict[str, Any]:

@@ -86,6 +86,9 @@ class TapeSink:
         self._served.add(row, kept=False)
         self._told = False
 
+    def bodies(self, row: dict[str, Any]) -> None:
+        self.writer.append_content(row)  # never to the journal: that would be a second copy
+
     def sampled(self, samples: list[tuple[int, int, str, str, str, float]]) -> None:
         begin, end = samples[0][:2] if samples else (0, 0)
         cores = [(begin, end, machine.SOURCE, *one) for one in machine.cpu_seconds() if samples]
@@ -337,7 +340,10 @@ def main() -> None:
     anchor = Anchor(**hello["anchor"]) if "anchor" in hello else None  # one for several workers
     clock = estate.clock if estate else TapeClock.start(epoch_unix_ns, hello["worker"], anchor)
     name = hello["incarnation"]
-    writer = TapeWriter(tape, lock_fd, clock.footer(), hello["worker"], name=name)
+    content_key = bytes.fromhex(hello.get("content_key", ""))
+    writer = TapeWriter(
+        tape, lock_fd, clock.footer(), hello["worker"], name=name, content_key=content_key
+    )
     sink = TapeSink(writer, channel, fsync=hello["fsync"], estate=estate)
     assembler = Assembler(
         clock,

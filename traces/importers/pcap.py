@@ -48,6 +48,9 @@ class _Rows:
     def sampled(self, samples: list[tuple[int, int, str, str, str, float]]) -> None:
         """A packet capture has no telemetry."""
 
+    def bodies(self, row: dict[str, Any]) -> None:
+        """An import keeps no bodies."""
+
     def finished(self, stream: int, row: dict[str, Any]) -> None:
         """Keeps a row."""
         self._writer.append(row)

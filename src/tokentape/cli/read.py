@@ -62,6 +62,8 @@ def info(tapes: Tapes, json: Json = False) -> None:
 
 
 def _told(tape: "Tape") -> dict[str, object]:
+    from tokentape.traces.content import bodies
+
     return {
         "tape": str(tape.path),
         **tape.facts,
@@ -70,6 +72,7 @@ def _told(tape: "Tape") -> dict[str, object]:
         "events": tape.events,
         "unsealed": tape.unsealed_rows + tape.open_rows,
         "lost": tape.losses,
+        **({"bodies": bodies(tape.path)} if tape.facts.get("content") == "full" else {}),
         "damaged": {str(path): why for path, why in tape.damaged},
     }
 
@@ -184,13 +187,18 @@ def sql(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
     skip_damaged: SkipDamaged = False,
+    content_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The key of encrypted bodies, for the view content."),
+    ] = None,
 ) -> None:
     """Run one SELECT over the standard views of tapes.
 
-    The views: requests, events, tapes, losses, and one per metric. `describe requests` lists the
-    columns of one; `tokentape metrics --markdown` describes them all.
+    The views: requests, events, tapes, losses, content (bodies, where kept), and one per metric.
+    `describe requests` lists the columns of one; `tokentape metrics --markdown` describes them all.
     """
     from tokentape.analysis.session import connect
+    from tokentape.traces.privacy import load_content_key
 
     *paths, query = tapes_and_query
     if not paths:
@@ -198,7 +206,9 @@ def sql(
     form = "json" if json else form
     if form == "parquet" and out is None and sys.stdout.isatty():
         raise UsageError("--format parquet: give --out FILE; a terminal cannot show it")
-    with connect(opened([Path(p) for p in paths], skip_damaged=skip_damaged)) as session:
+    key = load_content_key(content_key_file) if content_key_file else b""
+    tapes = opened([Path(p) for p in paths], skip_damaged=skip_damaged)
+    with connect(tapes, content_key=key) as session:
         table = session.table(query)
     if out is None:
         _write(table, form, sys.stdout.buffer)

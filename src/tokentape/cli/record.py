@@ -50,13 +50,22 @@ def capture(
         str, typer.Option(metavar="HOST:PORT", help="Where clients connect; port 0: any free one.")
     ] = "127.0.0.1:8080",
     content: Annotated[
-        Literal["none", "structure"],
-        typer.Option(help="none: times and lengths; structure: also which prompts share a prefix."),
+        Literal["none", "structure", "full"],
+        typer.Option(
+            help="none: times and lengths; structure: also which prompts share a prefix; "
+            "full: bodies too."
+        ),
     ] = "structure",
     key_file: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE", help="Key of the digests, one per fleet; else the tape's own."
+        ),
+    ] = None,
+    content_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Encrypt bodies: a key of 16 or 32 bytes, in a file of mode 0600."
         ),
     ] = None,
     fact: Facts = None,
@@ -124,6 +133,7 @@ def capture(
         listen=listen,
         content=content,
         key_file=key_file,
+        content_key_file=content_key_file,
         facts=facts,
         command=command_line(),
         workers=workers,
