@@ -30,6 +30,7 @@ from tokentape.proxy.exchange import (
 )
 from tokentape.proxy.relay import Relay, Relays, http_layer, relayable
 from tokentape.proxy.sockets import ClientConnection, SocketStamps, read_stamp
+from tokentape.traces.crash import told
 from tokentape.traces.kernel_stamps import KernelClock
 from tokentape.traces.recording import Recorder, say
 
@@ -99,7 +100,7 @@ class Capture:
         """Recording failed: count it, say the first one."""
         self.errors += 1
         if self.errors == 1:
-            say(f"recording failed in {where}: {error!r}; traffic goes on")
+            say(f"recording failed in {where}: {told(error)}; traffic goes on")
 
     def quiet_s(self, client_id: str) -> float:
         """How long nothing was read from a client connection or written to it, but by a relay.

@@ -27,6 +27,7 @@ from tokentape.proxy.addon import Capture
 from tokentape.proxy.options import BACKLOG, CaptureOptions
 from tokentape.proxy.relay import missing_parts
 from tokentape.proxy.sockets import StampedAsyncio, StampedSocket
+from tokentape.traces.crash import told
 from tokentape.traces.errors import TokentapeError
 from tokentape.traces.recording import say
 
@@ -67,7 +68,11 @@ class ErrorCounter(logging.Handler):
         """Count, and say the first ones."""
         self.count += 1
         if self.count <= SAID_ERRORS:
-            say(f"proxy: {record.getMessage()}")
+            error = record.exc_info[1] if record.exc_info else None
+            what = (
+                told(error) if error else record.getMessage().partition("\n")[0].partition(":")[0]
+            )
+            say(f"proxy: {what}")  # no more: the rest may quote what a client sent
 
 
 def build(

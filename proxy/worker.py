@@ -19,12 +19,14 @@ from tokentape.proxy.loop import RelayLoop
 from tokentape.proxy.options import CaptureOptions, from_json
 from tokentape.proxy.pulse import Pulse
 from tokentape.proxy.supervisor import NOTE_BYTES
+from tokentape.traces.crash import hide_values
 from tokentape.traces.errors import TokentapeError
 from tokentape.traces.recording import Recorder
 
 
 def main() -> None:
     """Serve until told to stop; the control socket's descriptor is in argv."""
+    hide_values()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
     control = socket.socket(fileno=int(sys.argv[1]))
     hello = json.loads(control.recv(NOTE_BYTES))

@@ -97,7 +97,12 @@ MISTAKES = [
     ("info --wrong good.tape", 2, "No such option: --wrong"),
     ("info", 2, "Missing argument 'TAPE...'"),
     ("capture --tape x.tape", 2, "Missing option '--upstream'"),
-    (f"{CAPTURE} --tape x.tape --content full", 2, "'full' is not one of 'none', 'structure'"),
+    (
+        f"{CAPTURE} --tape x.tape --content all",
+        2,
+        "'all' is not one of 'none', 'structure', 'full'",
+    ),
+    (f"{CAPTURE} --tape x.tape --content-key-file k", 2, "give --content full as well"),
     (f"{CAPTURE} --tape x.tape --listen 80", 2, "--listen 80: need HOST:PORT"),
     (f"{CAPTURE} --tape x.tape --listen 127.0.0.1:TAKEN", 2, "in use"),
     (f"{CAPTURE} --tape x.tape --fact gpu", 2, "--fact: an argument is not NAME=VALUE"),

@@ -12,6 +12,7 @@ import pytest
 
 from test_docs import EXAMPLES, serving
 from tokentape import cli
+from tokentape.traces import format_doc, schema
 from tokentape.traces.check import check
 from tokentape.traces.reader import open_tape
 from tokentape.traces.schema import REQUESTS
@@ -84,3 +85,10 @@ def test_a_tape_of_each_version_stays_readable(tape: Path, tmp_path: Path) -> No
 
 def test_the_present_version_has_its_tape() -> None:
     assert (OLD / f"format-{FORMAT_VERSION}.tape").is_dir()
+
+
+def test_the_page_on_privacy_lists_the_columns_of_each_mode_as_the_schema_does() -> None:
+    page = (ROOT / "docs" / "privacy.md").read_text()
+    assert format_doc.modes_markdown() in page
+    listed = format_doc.modes_markdown()
+    assert all(f"`{column.name}`" in listed for column in schema.COLUMNS)

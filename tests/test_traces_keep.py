@@ -59,6 +59,9 @@ class Kept:
     def finished(self, stream: int, row: dict[str, Any]) -> None:
         self.rows.append(row)
 
+    def bodies(self, row: dict[str, Any]) -> None:
+        raise AssertionError("the mode structure has no bodies")
+
     def left_out(self, stream: int, row: dict[str, Any]) -> None:
         self.out.append(row)
 

@@ -211,6 +211,8 @@ class Assembler:
         spoken = wire_format(endpoint)
         if spoken == "unknown" and self._privacy.mode == "none":
             endpoint = self._privacy.digest(endpoint.encode(), "endpoint")
+        else:
+            endpoint = self._privacy.path(endpoint)
         columns: dict[str, Any] = {"endpoint": endpoint, "wire_format": spoken}
         if method != b"POST":
             columns["operation"] = method.decode().lower() if method in METHODS else "other"

@@ -140,6 +140,17 @@ def _lines() -> Iterator[str]:
     yield f"```python\n{EXAMPLE.format(version=words.FORMAT_VERSION)}```\n"
 
 
+def modes_markdown() -> str:
+    """What docs/privacy.md says of each mode: the columns that it adds, group by group."""
+    lines = [*_table("mode", "group", "columns that it may hold, beside those of the modes above")]
+    for mode in words.MODES:
+        for group, columns in groupby(schema.COLUMNS, key=lambda c: c.group):
+            names = [f"`{c.name}`" for c in columns if c.mode == mode]
+            lines += [_row(f"`{mode}`", group, ", ".join(names))] if names else []
+    bodies = ", ".join(f"`{name}`" for name in CONTENT.names)
+    return "\n".join([*lines, _row("`full`", "`content/`", bodies)])
+
+
 def _table(*names: str) -> Iterator[str]:
     yield _row(*names)
     yield _row(*("---" for _ in names))
@@ -167,4 +178,4 @@ def _numbered(values: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(markdown())
+    sys.stdout.write(modes_markdown() + "\n" if "modes" in sys.argv else markdown())

@@ -6,6 +6,7 @@ The key lies beside the tape, never inside it: a tape can be given away without 
 
 import hashlib
 import os
+import re
 import secrets
 from array import array
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ KEY_BYTES = 32
 CONTENT_KEY_SIZES = (16, 32)  # bytes: AES-128 and AES-256
 BLOCK_TOKENS = 128  # keeps a long prompt's hashes at one 64-bit number for about 512 bytes of text
 BLOCK_TEXT_BYTES = 512
+# Parts of a path that no API names: known beginnings of keys, addresses and user:password, long
+# runs of letters and digits. A short word is kept, whatever it is.
+_SECRET_PART = re.compile(
+    r"(?:^|[^a-z])(?:sk|pk|rk|ghp|gho|hf|xox[a-z]|pat|key|token|bearer)[-_]|@|%40"
+    r"|akia[0-9a-z]{12}|aiza|eyj|[0-9a-f]{8}-[0-9a-f]{4}-"
+    r"|(?=[a-z]*[0-9])(?=[0-9]*[a-z])[0-9a-z]{20}",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,14 @@ class Privacy:
         return hashlib.blake2b(
             value, digest_size=8, key=self.key, person=domain.encode()
         ).hexdigest()
+
+    def path(self, endpoint: str) -> str:
+        """A request path in which a part that looks like a key or an address is a digest."""
+        parts = endpoint.split("/")
+        return "/".join(
+            f"~{self.digest(part.encode(), 'path')}" if _SECRET_PART.search(part) else part
+            for part in parts
+        )
 
     def blocks(self, prompt: "Prompt | None") -> dict[str, Any]:
         """The block columns of a prompt; none where the mode forbids them or there is no prompt."""

@@ -23,6 +23,7 @@ from tokentape.traces import machine
 from tokentape.traces.assemble import Assembler
 from tokentape.traces.blocks import NO_SLOT, BlockReceiver, Channel, open_channel
 from tokentape.traces.clock import Anchor, TapeClock, take_anchor
+from tokentape.traces.crash import hide_values
 from tokentape.traces.facts import read_facts
 from tokentape.traces.inherit import Inheritance, inherit
 from tokentape.traces.journal import Journal
@@ -327,6 +328,7 @@ def count_gap(writer: TapeWriter, assembler: Assembler, counter: Path) -> None:
 
 def main() -> None:
     """Serve one tape: descriptors of socket, memory and lock in argv, the rest in a note."""
+    hide_values()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(NICENESS)
