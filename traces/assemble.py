@@ -16,7 +16,7 @@ from tokentape.traces.blocks import MAX_BODY_BYTES
 from tokentape.traces.chunked import ChunkDecoder
 from tokentape.traces.clock import TapeClock
 from tokentape.traces.content import Bodies, Keeper
-from tokentape.traces.event_lists import stream_columns
+from tokentape.traces.event_lists import mark_early, stream_columns
 from tokentape.traces.identity import request_id
 from tokentape.traces.keep import UNTIL_ITS_END, Keep
 from tokentape.traces.open_request import OpenRequest, State, Unfinished
@@ -335,7 +335,7 @@ class Assembler:
             _merge_reply(row, reply, streamed=isinstance(request.parser, StreamParser))
         if request.beyond or request.missed or row.get("events_dropped"):
             _admit_unread(row, request.beyond, request.missed)
-        _mark_early(row)
+        mark_early(row)
         if request.turn is not None:
             row.update(self._turns.close(request.turn, row))
         kept = self._kept(request)
@@ -491,11 +491,3 @@ def _admit_unread(row: dict[str, Any], beyond: int, missed: int) -> None:
     row["parse_status"] = "truncated" if beyond else "partial"
     if row.get("output_tokens_source") != "usage":
         row["output_tokens"] = row["output_tokens_source"] = None
-
-
-def _mark_early(row: dict[str, Any]) -> None:
-    """Flag a reply that began before the request was sent whole."""
-    began = row.get("response_headers_ns")
-    sent = [row[n] for n in ("send_end_ns", "request_end_ns") if row.get(n) is not None]
-    if began is not None and sent:
-        row["early_reply"] = began < max(sent)

@@ -35,3 +35,11 @@ def _offsets(t_ns: Any, base_ns: int) -> tuple[Any, int, int]:
     kept = int(np.searchsorted(rising, _UINT32_END))
     clamped = int(np.count_nonzero(rising != off_us))
     return rising[:kept].astype(np.uint32), clamped, len(off_us) - kept
+
+
+def mark_early(row: dict[str, Any]) -> None:
+    """Flag a reply that began before the request was sent whole."""
+    began = row.get("response_headers_ns")
+    sent = [row[n] for n in ("send_end_ns", "request_end_ns") if row.get(n) is not None]
+    if began is not None and sent:
+        row["early_reply"] = began < max(sent)
