@@ -52,11 +52,15 @@ _DICTIONARY = [
 _TELEMETRY_ENCODING = {"ts_ns": "DELTA_BINARY_PACKED", "end_ns": "DELTA_BINARY_PACKED"}
 _TELEMETRY_DICTIONARY = [n for n in TELEMETRY.names if n not in {*_TELEMETRY_ENCODING, "value"}]
 _CONTENT_DICTIONARY = [n for n in CONTENT.names if n.endswith(("_type", "_coding"))]
-_STORED: dict[str, tuple[dict[str, str], list[str]]] = {  # by the last column
-    REQUESTS.names[-1]: (_ENCODING, _DICTIONARY),
-    TELEMETRY.names[-1]: (_TELEMETRY_ENCODING, _TELEMETRY_DICTIONARY),
-    CONTENT.names[-1]: ({}, _CONTENT_DICTIONARY),
-}
+
+
+def _stored(schema: pa.Schema) -> tuple[dict[str, str], list[str]]:
+    """(encodings, columns with a dictionary) of requests, content or telemetry."""
+    if "request_body" in schema.names:
+        return {}, _CONTENT_DICTIONARY
+    if "request_id" in schema.names:
+        return _ENCODING, _DICTIONARY
+    return _TELEMETRY_ENCODING, _TELEMETRY_DICTIONARY
 
 
 @contextlib.contextmanager
@@ -70,7 +74,7 @@ def segment_file(
     named = {f"tokentape.{k}": _text(v) for k, v in footer.items()}
     # Meanings are in FORMAT.md: in every footer they would be half of a small segment.
     bare = pa.schema([field.remove_metadata() for field in schema], named)
-    encoding, dictionary = _STORED[schema.names[-1]]
+    encoding, dictionary = _stored(schema)
     temporary = final.with_name(f".{final.name}.tmp")
     try:
         with temporary.open("wb", buffering=WRITE_BYTES) as out:
