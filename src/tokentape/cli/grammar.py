@@ -44,6 +44,7 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
     ("check", read.check, "tokentape check prod.tape"),
     ("recover", record.recover, "tokentape recover prod.tape"),
     ("compact", record.compact, "tokentape compact prod.tape"),
+    ("rekey", record.rekey, "tokentape rekey prod.tape shared.tape"),
     ("merge", record.merge, "tokentape merge prod.tape other.tape --tape both.tape"),
     ("report", read.report, "tokentape report prod.tape run.tape"),
     ("compare", judge.compare, "tokentape compare prod.tape run.tape"),

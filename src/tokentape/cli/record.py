@@ -304,3 +304,27 @@ def merge(
         print_json(vars(done))
     else:
         print_lines([done.text()])
+
+
+def rekey(
+    tape: Annotated[Path, typer.Argument(metavar="TAPE", help="A sealed tape.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The copy to write.")],
+    key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Key of the copy's digests; else one that nobody keeps."),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Copy a tape for others: same prefixes, other hashes and ids.
+
+    Two that have copies under different keys cannot join them by any id. Trace and response ids
+    and bodies are left out.
+    """
+    from tokentape.traces.rekey import rekey as run
+
+    rows = run(tape, out, key_file=key_file, command=command_line(), force=force)
+    if json:
+        print_json({"rows": rows})
+    else:
+        print_lines([f"{rows} rows written to {out} under another key"])
