@@ -7,6 +7,7 @@ bodies. Times, lengths and names stay: by these two copies of one capture can st
 
 import re
 import secrets
+import shutil
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,14 @@ def rekey(
     facts = _facts(tape, command, privacy.key_id if key_file else None)
     tape_facts.create_tape(out, facts, force=force)
     changed = {name: facts[name] for name in ("tape_id", "content")}
-    for segment in tape.segments:
-        _copy(segment.path, out / segment.path.relative_to(source), REQUESTS, changed, privacy)
-    for file in tape.telemetry_files:
-        _copy(file, out / file.relative_to(source), TELEMETRY, changed, privacy)
+    try:
+        for segment in tape.segments:
+            _copy(segment.path, out / segment.path.relative_to(source), REQUESTS, changed, privacy)
+        for file in tape.telemetry_files:
+            _copy(file, out / file.relative_to(source), TELEMETRY, changed, privacy)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # a part must not pass for the whole
+        raise
     return tape.rows
 
 
@@ -94,8 +99,15 @@ def _column(name: str, values: Any, privacy: Privacy) -> Any:
     if name in DIGESTS:
         return _each(values, lambda v: privacy.digest(v.encode(), f"rekey {name}"[:16]))
     if name == "endpoint":
-        fresh = lambda m: "~" + privacy.digest(m[0].encode(), "rekey path")  # noqa: E731
-        return _each(values, lambda v: _PATH_DIGEST.sub(fresh, v))
+        return _each(values, lambda v: _PATH_DIGEST.sub(lambda m: _part(m[0], privacy), v))
+    return _made_anew(name, values, privacy)
+
+
+def _part(digest: str, privacy: Privacy) -> str:
+    return "~" + privacy.digest(digest.encode(), "rekey path")
+
+
+def _made_anew(name: str, values: Any, privacy: Privacy) -> Any:
     if name in IDS:
         return pa.ExtensionArray.from_storage(pa.uuid(), _ids(values.storage, privacy))
     if name == "parents":
