@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokentape.proxy.keeping import kept_within
 from tokentape.proxy.options import (
     BACKLOG,
     CaptureOptions,
@@ -44,6 +45,7 @@ class CaptureSummary:
     unsealed: int = 0
     lost_reads: int = 0
     sampled_out: int = 0
+    deleted: int = 0  # of the tape's rows, by its limits
     proxy_errors: int = 0
 
     def add(self, seen: int, rows: int, events: int, losses: dict[str, int]) -> None:
@@ -63,6 +65,8 @@ class CaptureSummary:
             tail += f"; {self.lost_reads} pieces of streams lost"
         if self.unsealed:
             tail += f"; {self.unsealed} wait in the journal for `tokentape recover`"
+        if self.deleted:
+            tail += f"; {self.deleted} old rows deleted"
         errors = f"; {self.proxy_errors} proxy errors" if self.proxy_errors else ""
         kept = f"{self.rows} rows{out}, {self.events} events"
         return f"{self.seen} requests seen, {kept}{tail}{errors}"
@@ -96,9 +100,17 @@ def capture(
         hello = {"options": to_json(options, upstream), "key": key.hex()}
         hello["content_key"] = content_key.hex()
         url = _url(sockets[0], options)
-        with os.fdopen(lock_fd), _sampled(options, lock_fd):
+        deleted = -_deleted(options.tape)
+        limits = (options.retain_s, options.max_disk_bytes)
+        with (
+            os.fdopen(lock_fd),
+            _sampled(options, lock_fd),
+            kept_within(options.tape, *limits),
+        ):
             done, deaths = asyncio.run(_run(sockets, hello, lock_fd, lambda: on_ready(url), watch))
-            return _total(options, done, deaths, before)
+            total = _total(options, done, deaths, before)
+        total.deleted = deleted + _deleted(options.tape)
+        return total
     finally:
         for bound in sockets:
             bound.close()
@@ -184,6 +196,11 @@ def _ready_tape(options: CaptureOptions, upstream: str, content_key: bytes) -> t
         append=True,
     )
     return lock_fd, key
+
+
+def _deleted(tape: Path) -> int:
+    """Rows that limits have deleted so far."""
+    return sum(tape_facts.read_facts(tape).get("deleted", {}).values())
 
 
 def _total(

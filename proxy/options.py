@@ -32,6 +32,8 @@ class CaptureOptions:
     upstream_ca: Path | None = None  # PEM of who signed the upstream's certificate
     metrics: str | None = None  # HOST:PORT of /metrics and /healthz
     keep: Keep | None = None  # which finished requests get a row; None: all
+    retain_s: float | None = None  # how long what is sealed stays; None: for ever
+    max_disk_bytes: int | None = None  # how much of it
     session_headers: tuple[str, ...] = ()  # beside the known ones, in lower case
     telemetry: Sources = field(default_factory=Sources)  # the supervisor's; workers get none
 

@@ -171,7 +171,7 @@ def _missing(tape: Tape) -> Iterator[Finding]:
         what = "rows not sealed yet: still being written, or `tokentape recover` seals them"
         yield Finding("warning", where, what, unsealed)
     seen = sum(tape.facts.get("seen", {}).values())
-    unexplained = seen - tape.rows - sum(tape.losses.values()) - tape.sampled_out
+    unexplained = seen - tape.rows - sum(tape.losses.values()) - tape.sampled_out - tape.deleted
     if tape.facts.get("seen") and unexplained > unsealed:
         what = "requests seen but neither written nor counted as lost or sampled out"
         yield Finding("error", where, what, unexplained)

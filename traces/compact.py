@@ -26,7 +26,7 @@ from tokentape.traces.rewrite import (
 from tokentape.traces.schema import INSTANTS, REQUESTS, TELEMETRY
 
 OWN = {tape_facts.FACTS_NAME, "requests", "telemetry", "journal"}  # of a tape, rewritten or left
-BOOKS = ("seen", "losses", "sampled_out", "lost_reads")  # by incarnation
+BOOKS = ("seen", "losses", "sampled_out", "deleted", "lost_reads")  # by incarnation
 _TELEMETRY_INSTANTS = frozenset({"ts_ns", "end_ns"})
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 

@@ -21,7 +21,7 @@ A tape is a directory:
 ```
 prod.tape/
   tape.json        what it is: format version, id, role, command, versions, options, facts, losses,
-                   sampled_out, and after compact or merge the clocks of the incarnations
+                   sampled_out, deleted, and after compact or merge the clocks of the incarnations
   requests/        Parquet segments; one row per finished request, its events as lists in the row
   content/         Parquet; bodies, in the mode `full` only, encrypted where a key was given
   telemetry/       Parquet; samples of /metrics pages and of tokentape's own health

@@ -1,10 +1,12 @@
 """Ids: requests, tapes and worker incarnations, unique across hosts and ordered in time."""
 
+import re
 import secrets
 
 from tokentape.traces.clock import wall_unix_ns
 
 NS_PER_MS = 1_000_000
+_RECOVERED = re.compile(r"-r[0-9a-f]{6}$")  # see TapeWriter
 
 
 def request_id(unix_ns: int) -> bytes:
@@ -27,3 +29,8 @@ def tape_id() -> str:
 def incarnation(worker: str) -> str:
     """The name of one life of one worker: no file of a tape is ever written twice."""
     return f"{worker}-{wall_unix_ns() // NS_PER_MS:012x}-{secrets.token_hex(3)}"
+
+
+def whose(name: str) -> str:
+    """The incarnation whose rows a segment has: a recovery seals them under a name of its own."""
+    return _RECOVERED.sub("", name)

@@ -81,6 +81,11 @@ class Tape:
         """Requests that were seen and got no row by intent (`capture --sample`)."""
         return sum(self.facts.get("sampled_out", {}).values())
 
+    @property
+    def deleted(self) -> int:
+        """Rows that were on the tape and were deleted for age or size (`capture --retain`)."""
+        return sum(self.facts.get("deleted", {}).values())
+
     def read(self, columns: list[str] | None = None) -> pa.Table:
         """All sealed rows in order of arrival; columns that an old segment lacks are NULL."""
         names = columns or REQUESTS.names
@@ -149,6 +154,8 @@ def open_tape(path: str | Path, *, skip_damaged: bool = False) -> Tape:
     for file in sorted((tape / "requests").glob("**/*.parquet")):
         try:
             segments.append(_footer(file))
+        except FileNotFoundError:  # deleted for its age since it was listed
+            continue
         except (pa.ArrowException, OSError, ValueError) as error:
             damaged.append((file, _first_line(error)))
     if damaged and not skip_damaged:

@@ -6,7 +6,6 @@ and what it held is counted, by the page in which the hot process counts what it
 """
 
 import os
-import re
 import time
 from array import array
 from dataclasses import astuple, dataclass, field
@@ -18,6 +17,7 @@ import msgspec
 from tokentape.traces import facts as tape_facts
 from tokentape.traces import journal
 from tokentape.traces.event_lists import stream_columns
+from tokentape.traces.identity import whose
 from tokentape.traces.journal_files import counter_path
 from tokentape.traces.open_request import State, Unfinished
 from tokentape.traces.schema import INSTANTS
@@ -124,13 +124,10 @@ def _recover_file(tape: Path, incarnation: str, file: Path) -> Recovered:
     return Recovered(len(fresh), len(cut), events, on_tape, lost, lost_reads, sampled_out)
 
 
-_RECOVERED = re.compile(r"-r[0-9a-f]{6}$")  # see TapeWriter: sealed by a recovery
-
-
 def _count_forgotten(tape: Path) -> None:
     """Writers that sealed, and that nobody lived to account for."""
     files = (tape / "requests").glob("**/*.parquet")
-    names = {_RECOVERED.sub("", file.stem.rpartition("-")[0]) for file in files}
+    names = {whose(file.stem.rpartition("-")[0]) for file in files}
     facts = tape_facts.read_facts(tape)
     if facts["role"] not in ("capture", "replay") or names <= set(facts.get("seen", {})):
         return
@@ -153,7 +150,8 @@ def count_killed(
         losses["killed"] = losses.get("killed", 0) + lost
     if losses:
         facts["losses"][incarnation] = losses
-    seen = on_tape + sum(losses.values()) + sampled_out
+    deleted = facts.get("deleted", {}).get(incarnation, 0)
+    seen = on_tape + deleted + sum(losses.values()) + sampled_out
     facts["seen"] = facts.get("seen", {}) | {incarnation: seen}
     if sampled_out:
         facts["sampled_out"] = facts.get("sampled_out", {}) | {incarnation: sampled_out}
@@ -165,7 +163,8 @@ def _take_back(facts: dict[str, Any], incarnation: str, on_tape: int) -> None:
     """Rows that were given up, and of which the journal held something after all, are not lost."""
     losses = facts["losses"].get(incarnation, {})
     sampled_out = facts.get("sampled_out", {}).get(incarnation, 0)
-    found = on_tape + sum(losses.values()) + sampled_out - facts["seen"][incarnation]
+    gone = sampled_out + facts.get("deleted", {}).get(incarnation, 0)
+    found = on_tape + sum(losses.values()) + gone - facts["seen"][incarnation]
     for reason in [r for r in losses if r == "disk_full"]:
         losses[reason] -= min(max(found, 0), losses[reason])
         if not losses[reason]:

@@ -92,6 +92,16 @@ def capture(
             metavar="NAME", help="A header by which clients name their session. Repeatable."
         ),
     ] = None,
+    retain: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Delete what was sealed longer ago, such as 7d."),
+    ] = None,
+    max_disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Delete the oldest when the tape is larger, such as 100GB."
+        ),
+    ] = None,
     fsync: Annotated[
         bool, typer.Option("--fsync", help="The journal survives a power cut, at some cost.")
     ] = False,
@@ -143,6 +153,8 @@ def capture(
         upstream_ca=upstream_ca,
         metrics=metrics,
         keep=keep,
+        retain_s=units.duration_ns("--retain", retain) / 1e9 if retain is not None else None,
+        max_disk_bytes=units.size_bytes("--max-disk", max_disk) if max_disk is not None else None,
         session_headers=headers,
         telemetry=Sources(tuple(metrics_url or ()), gpu, upstream_ca),
     )

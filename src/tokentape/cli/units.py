@@ -15,7 +15,8 @@ from typing import Any
 from tokentape.traces.errors import UsageError
 
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
-_DURATION = re.compile(_NUMBER + "(ns|us|ms|s|m|h)")
+_DURATION = re.compile(_NUMBER + "(ns|us|ms|s|m|h|d)")
+_SIZE = re.compile(_NUMBER + "([kMGT]i?B)")
 _FACTOR = re.compile(_NUMBER + "x")
 _TIMES = re.compile(_NUMBER + "x?")
 _PERCENT = re.compile(_NUMBER + "%")
@@ -26,6 +27,8 @@ _RFC_3339 = re.compile(
     r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)", re.ASCII
 )
 _NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_NS["d"] = 24 * _NS["h"]
+_BYTES = {f"{u}{i}B": b**n for i, b in (("", 1000), ("i", 1024)) for n, u in enumerate("kMGT", 1)}
 _LONGEST = 40  # characters of a number; more is a mistake, and costs time to convert
 _HEADER = re.compile(r"[0-9A-Za-z!#$%&'*+.^_`|~-]{1,64}")
 _INT64 = 2**63
@@ -40,12 +43,13 @@ PERCENT_FORM = "a share from 0% to 100% such as 50%"
 RATE_FORM = "a rate above zero such as 10/s or 600/m"
 SHARD_FORM = "I/N with I from 0 to N-1, such as 0/4"
 INSTANT_FORM = "an instant such as 2026-11-27T09:30:00Z, or unix seconds such as 1795771800"
+SIZE_FORM = "a size above zero such as 500MB, 100GB or 2TiB"
 HEADER_FORM = "the name of an HTTP header such as X-Session-Id"
 ADDRESS_FORM = "HOST:PORT such as 127.0.0.1:8080; port 0 takes any free one"
 
 
 def duration_ns(option: str, text: str) -> int:
-    """Whole nanoseconds of `500ms`; the units are ns, us, ms, s, m and h."""
+    """Whole nanoseconds of `500ms`; the units are ns, us, ms, s, m, h and d."""
     ns = _duration(text)
     if ns is None:
         raise _refusal(option, text, DURATION_FORM)
@@ -142,6 +146,15 @@ def instant_unix_ns(option: str, text: str) -> int:
     if ns >= _INT64:
         raise _refusal(option, text, INSTANT_FORM)
     return ns
+
+
+def size_bytes(option: str, text: str) -> int:
+    """Whole bytes of `100GB`; the units are kB, MB, GB, TB and kiB, MiB, GiB, TiB."""
+    match = _SIZE.fullmatch(text) if len(text) <= _LONGEST else None
+    size = int(Fraction(match[1]) * _BYTES[match[2]]) if match else 0
+    if not 0 < size < _INT64:
+        raise _refusal(option, text, SIZE_FORM)
+    return size
 
 
 def header_name(option: str, text: str) -> str:
