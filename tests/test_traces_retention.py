@@ -50,10 +50,16 @@ def balanced(path: Path, seen: int) -> None:
 
 def test_what_is_too_old_goes_and_is_counted(tmp_path: Path) -> None:
     path, now = aged(tmp_path / "a.tape", [50, 30, 10, 0]), time.time_ns() / 1e9
+    bodies = [path / "content" / f"w0-{n}.parquet" for n in range(2)]
+    bodies[0].parent.mkdir()
+    for hours, file in zip((50, 10), bodies, strict=True):
+        file.write_bytes(b"sealed, and nobody here has the key")
+        os.utime(file, (now - hours * HOUR_S,) * 2)
     assert prune(path, Limits(retain_s=100 * HOUR_S), now).files == 0
     assert prune(path, Limits(), now).files == 0
     gone = prune(path, Limits(retain_s=20 * HOUR_S), now)
-    assert (gone.files, gone.rows) == (4, 6)
+    assert (gone.files, gone.rows) == (5, 6)
+    assert [file.exists() for file in bodies] == [False, True]
     balanced(path, 12)
     assert "deleting" not in open_tape(path).facts
     gone = prune(path, Limits(retain_s=1.0), now)

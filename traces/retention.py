@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from tokentape.traces import content
 from tokentape.traces import facts as tape_facts
 from tokentape.traces.clock import wall_unix_ns
 from tokentape.traces.identity import whose
@@ -114,7 +115,7 @@ def _remove_empty(folder: Path, tape: Path) -> None:
 
 def _sealed(tape: Path) -> list[Sealed]:
     found = []
-    for room in ("requests", "telemetry"):
+    for room in ("requests", "telemetry", content.FOLDER):
         for path in (tape / room).glob("**/*.parquet"):
             about = path.stat()
             found.append(Sealed(path, about.st_size, about.st_mtime))
