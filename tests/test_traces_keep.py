@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxied import capturing, post, scripted, talk
+from conftest import fill
 from tokentape.traces import assemble, blocks, journal, writer_process
 from tokentape.traces.check import check
 from tokentape.traces.clock import TapeClock
@@ -290,7 +290,7 @@ def test_killing_the_writer_keeps_the_counts_of_what_was_left_out(tmp_path: Path
     tape = tmp_path / "a.tape"
     to = recorder(tape, Keep(0.3))
     for number in range(90):
-        if number in (30, 61):
+        if number == 40:
             journaled(tape, to, number)
             os.kill(to._life.process.pid, signal.SIGKILL)
             to._life.process.wait()
@@ -304,10 +304,11 @@ def test_killing_the_writer_keeps_the_counts_of_what_was_left_out(tmp_path: Path
     assert [f for f in check(opened) if f.severity == "error"] == []
     assert (opened.rows, opened.sampled_out) == (summary.rows, summary.sampled_out)
     assert sum(opened.facts["seen"].values()) == 90
-    whole = recorder(tmp_path / "whole.tape", Keep(0.3))
+    whole = Traffic(Keep(0.3))
     for number in range(90):
-        send(whole, number)
-    assert whole.finish().sampled_out == summary.sampled_out  # nobody was decided on twice
+        name = (b"x-session-id", b"%d" % (number // 3))
+        whole.ask(asked("hi"), 0, headers=(name,), outcome="cut" if number % 20 == 0 else "ok")
+    assert len(whole.sink.out) == summary.sampled_out  # nobody was decided on twice
 
 
 def test_killing_everything_keeps_the_counts_too(tmp_path: Path) -> None:
@@ -358,25 +359,21 @@ def test_events_of_what_is_left_out_go_with_the_next_seal_even_if_nothing_was_ke
     os.close(lock_fd)
 
 
-def test_a_capture_that_samples_says_what_it_left_out(tmp_path: Path) -> None:
-    def reply(connection: Any, _: bytes) -> None:
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-
-    asked_for = ("--sample", "50%", "--session-header", "X-Chat", "--keep-slower", "ttft=9s")
-    with scripted(reply) as url, capturing(url, tmp_path / "a.tape", *asked_for) as proxy:
-        for n in range(30):
-            request = post("/v1/completions", b"{}", f"X-Chat: {n // 2}")
-            assert b"200 OK" in talk(proxy.host, proxy.port, request)
-        said = proxy.stop()
-    tape = open_tape(tmp_path / "a.tape")
-    assert check(tape) == []
-    assert f"30 requests seen, {tape.rows} rows, {30 - tape.rows} sampled out," in said
-    assert tape.sampled_out == 30 - tape.rows
-    assert tape.facts["options"]["keep"] == {
-        "share": 0.5,
-        "ttft_ns": 9 * SECOND,
-        "e2e_ns": 60 * SECOND,
-    }
-    rows = tape.read().to_pylist()
-    assert {(row["sample_prob"], row["session_source"]) for row in rows} <= {(0.5, "header")}
-    assert all(n == 2 for n in np.unique([r["session_id"] for r in rows], return_counts=True)[1])
+def test_on_a_full_disk_what_was_left_out_is_not_lost(small_disk: Path) -> None:
+    tape = small_disk / "a.tape"
+    to = recorder(tape, Keep(0.3))
+    for number in range(20):
+        send(to, number)
+    journaled(tape, to, 20)
+    filler = fill(small_disk)
+    for number in range(20, 50):
+        send(to, number)
+    summary = to.finish()
+    assert summary.seen == 50 and 10 < summary.sampled_out < 45
+    assert summary.unsealed + summary.sampled_out + summary.losses["disk_full"] == 50
+    filler.unlink()
+    recover(tape)
+    opened = open_tape(tape)
+    assert [f for f in check(opened) if f.severity == "error"] == []
+    assert opened.sampled_out == summary.sampled_out
+    assert opened.rows + opened.sampled_out + sum(opened.losses.values()) == 50

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxied import capturing, scripted, until
+from proxied import capturing, post, scripted, talk, until
 from rows import make_tape, streamed_row
 from tokentape.cli import units
 from tokentape.traces.check import check
@@ -119,19 +119,31 @@ def test_what_stays_is_within_the_limits_or_young(
         assert sum(one.bytes for one in stay) + doomed[-1].bytes > max_bytes  # none too many
 
 
-def test_a_capture_deletes_what_its_tape_had_too_long(tmp_path: Path) -> None:
+def test_a_capture_says_what_it_left_out_and_what_it_deleted(tmp_path: Path) -> None:
     def reply(connection: Any, _: bytes) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
 
+    options = ["--content", "none", "--retain", "1d", "--max-disk", "1GB"]
+    options += ["--sample", "50%", "--session-header", "X-Chat", "--keep-slower", "ttft=9s"]
     with scripted(reply) as url:
         facts = {"content": "none", "key_id": None, "candidate": {"url": url}}
         path = aged(tmp_path / "a.tape", [30, 1], **facts)
-        asked_for = ("--content", "none", "--retain", "1d", "--max-disk", "1GB")
-        with capturing(url, path, *asked_for) as proxy:
+        with capturing(url, path, *options) as proxy:
             until(lambda: open_tape(path).deleted == 3, "a pass")
+            for n in range(30):
+                request = post("/v1/completions", b"{}", f"X-Chat: {n // 2}")
+                assert b"200 OK" in talk(proxy.host, proxy.port, request)
             said = proxy.stop()
+    tape = open_tape(path)
+    kept = [row for row in tape.read().to_pylist() if row["sample_prob"] is not None]
+    assert f"30 requests seen, {len(kept)} rows, {30 - len(kept)} sampled out," in said
     assert "3 old rows deleted" in said
-    balanced(path, 6)
+    assert [f for f in check(tape) if f.severity == "error"] == []
+    assert (tape.rows, tape.deleted, tape.sampled_out) == (3 + len(kept), 3, 30 - len(kept))
+    assert sum(tape.facts["seen"].values()) == 36
+    assert {(row["sample_prob"], row["session_source"]) for row in kept} <= {(0.5, "header")}
+    sessions = [row["session_id"] for row in kept]
+    assert all(sessions.count(name) == 2 for name in sessions)
 
 
 @pytest.mark.parametrize(
