@@ -56,17 +56,17 @@ WHERE metric = 'ttft'
 UNION ALL
 SELECT run, metric, arrival_ns, value / 1e6, weight FROM _e2e_samples WHERE metric = 'e2e'
 """
-# Gaps are counted by slice and microsecond bucket first: what is binned is small.
+# Gaps are counted by eighths of a slice first: what is joined and binned is small. An eighth across
+# the edge of a slice counts where its middle is.
 _GAP_VALUES = """
 SELECT run, 'icl' AS metric, at_ns, log2_bucket_middle(bucket) / 1000 AS value_ms, weight
 FROM (
   SELECT
     run,
-    time_bucket_ns(t_ns - first_ns, {slice_ns}) + first_ns AS at_ns,
+    time_bucket_ns(t_ns, {slice_ns} // 8) + {slice_ns} // 16 AS at_ns,
     log2_bucket(gap_us) AS bucket,
     sum(weight) AS weight
   FROM gaps
-  JOIN _starts USING (run)
   WHERE outcome = 'ok' AND gap_us > 0
   GROUP BY ALL
 )

@@ -177,6 +177,48 @@ def phases(name: str, title: str, rows: Sequence[Row], width_s: float, words: st
     return Chart(name, title, words, spec, names, long, _times(long, order, ms=True))
 
 
+def pareto(name: str, title: str, points: Sequence[Row], y: str, what: str, words: str) -> Chart:
+    """Runs by tokens/s for each user and by `y`; dominated ones dimmed, the frontier joined."""
+    names = ("run", "configuration", "tokens_per_s_user", y, "part", "on_frontier")
+    known = [p | {"on_frontier": p["dominated"] is False} for p in points if p[y] is not None]
+    known = [p for p in known if p["tokens_per_s_user"] is not None]
+    parts = ["operating point", "frontier", "dominated", "not placed"]
+    shape = _by_run(
+        "range", ["diamond", "circle", "cross", "square"], parts, legend=True, field="part"
+    )
+    dim = {"test": "datum.part === 'dominated'", "value": 0.35}
+    place = {
+        "x": _value("tokens_per_s_user", "tokens/s for each user"),
+        "y": _value(y, what),
+    }
+    dots: dict[str, Any] = {
+        "mark": {"type": "point", "filled": True, "size": 110, "color": "var(--c1)"},
+        "encoding": {
+            "shape": shape,
+            "opacity": {"condition": dim, "value": 1},
+            "tooltip": _tips("run", "configuration", "part", "tokens_per_s_user", y),
+        },
+    }
+    joined: dict[str, Any] = {
+        "transform": [{"filter": "datum.on_frontier"}],
+        "mark": {"type": "line", "color": "var(--c1)", "strokeWidth": 1.5},
+        "encoding": {"order": {"field": "tokens_per_s_user", "type": "quantitative"}},
+    }
+    labels: dict[str, Any] = {
+        "mark": {"type": "text", "align": "left", "dx": 8, "dy": -6, "limit": 140},
+        "encoding": {"text": {"field": "run"}, "color": {"value": "var(--ink)"}},
+    }
+    layers = [joined, dots, labels] if y == "tokens_per_s_gpu" else [dots, labels]
+    spec = _spec({"layer": layers, "encoding": place}, 320)
+    return Chart(name, title, words, spec, names, [_picked(p, names) for p in known])
+
+
+def _value(name: str, title: str) -> dict[str, Any]:
+    axis = {"format": "~s"}
+    scale = {"zero": True}
+    return {"field": name, "type": "quantitative", "title": title, "axis": axis, "scale": scale}
+
+
 def _times(
     rows: Sequence[Sequence[Any]], titles: Sequence[str], *, ms: bool = False
 ) -> display.Table:
@@ -245,7 +287,7 @@ def _by_run(
 
 
 def _tips(*names: str) -> list[dict[str, Any]]:
-    words = {"run", "stat", "series", "phase"}
+    words = {"run", "stat", "series", "phase", "configuration", "part"}
     return [
         {"field": n, "title": n.replace("_", " ")}
         | ({"type": "nominal"} if n in words else {"type": "quantitative", "format": ".4~g"})

@@ -7,41 +7,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from tokentape.analysis import display
+from tokentape.analysis import page as pages
 from tokentape.analysis.compare import Comparison, Effect, percent, span
 
 _WIDTH, _HEIGHT = 240, 18
+_WORDS = 3  # columns
 _LEAST_REACH = 0.02  # of the axis, to both sides of no change
-_STYLE = """
-body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em;
-  color: #222; background: #fff }
-table { border-collapse: collapse } td, th { padding: .15em .7em; text-align: right }
-td:first-child, th:first-child, td:nth-child(2), th:nth-child(2), td:nth-child(3),
-th:nth-child(3) { text-align: left }
-tr:nth-child(even) { background: #8881 } .higher { color: #b3261e } .lower { color: #16713a }
-svg line, svg rect { stroke: currentColor; fill: currentColor } .warning { color: #8a5a00 }
-@media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818 }
-  .higher { color: #ff8a80 } .lower { color: #7bd88f } .warning { color: #e6b450 } }
-"""
 
 
 def page(found: Comparison, gates: Mapping[str, str | None]) -> str:
     """The whole file; `gates` has why each fails, or None."""
-    title = escape(f"{', '.join(found.a)} against {', '.join(found.b)}")
     reach = _reach(found.effects)
-    parts = [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>",
-        *(f"<p>{escape(line)}</p>" for line in found.facts()),
-        *(f'<p class="warning">⚠ {escape(warning)}</p>' for warning in found.warnings),
-        *(_gate(gate, why) for gate, why in gates.items()),
-        f"<p>Changes from A to B with 95 % intervals, on an axis of ±{reach:.0%}.</p>",
-        "<table><thead><tr>",
-        *(f"<th>{head}</th>" for head in ("group", "metric", "B is", "A", "B", "change")),
-        "<th>95 %</th><th></th><th>n</th></tr></thead><tbody>",
-        *(_row(effect, reach) for effect in found.effects),
-        "</tbody></table></body></html>",
+    lead = "".join(f"<p>{pages.whole(line)}</p>" for line in found.facts())
+    warned: display.Block = [f"! {warning}" for warning in found.warnings]
+    words = ("group", "metric", "B is")
+    heads = "".join(f'<th scope="col" class="words">{head}</th>' for head in words)
+    heads += "".join(f'<th scope="col">{h}</th>' for h in ("A", "B", "change", "95 %", "", "n"))
+    changes = (
+        f"<p>Changes from A to B with 95 % intervals, on an axis of ±{reach:.0%}.</p>"
+        '<div class="scroll" role="region" tabindex="0" aria-label="Changes">'
+        f"<table><thead><tr>{heads}</tr></thead><tbody>"
+        f"{''.join(_row(effect, reach) for effect in found.effects)}</tbody></table></div>"
+    )
+    gated = "".join(_gate(gate, why) for gate, why in gates.items())
+    sections = [
+        ("gates", "Gates", pages.Html(gated)),
+        ("warnings", "Warnings", pages.blocks([warned], "Warnings")),
+        ("changes", "Changes", pages.Html(changes)),
     ]
-    return "\n".join(parts) + "\n"
+    title = f"{', '.join(found.a)} against {', '.join(found.b)}"
+    return pages.page(title, sections, pages.Html(lead), [])
 
 
 def _reach(effects: Sequence[Effect]) -> float:
@@ -67,7 +62,10 @@ def _row(effect: Effect, reach: float) -> str:
         percent(effect.change),
         span(effect),
     ]
-    told = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    told = "".join(
+        f"<td{' class="words"' if i < _WORDS else ''}>{pages.text(cell)}</td>"
+        for i, cell in enumerate(cells)
+    )
     drawn = "".join(_drawing(effect, reach))
     return f'<tr class="{kind}">{told}<td>{drawn}</td><td>{display.count(effect.n)}</td></tr>'
 

@@ -57,6 +57,14 @@ class Frontier:
 
     def text(self, width: int = 100) -> str:
         """A table for a terminal, then the three steps."""
+        lines = [f"! {w}" for w in self.warnings]
+        lines += [*([""] if lines else []), *display.lines([self.table()], width)]
+        story = self.story()
+        lines += [*([""] if self.baseline else []), *story]
+        return "\n".join(lines) + "\n"
+
+    def table(self) -> display.Table:
+        """The points with their intervals."""
         rows = [
             [
                 p["run"],
@@ -73,17 +81,20 @@ class Frontier:
         ]
         head = ["run", "configuration", "tokens/s/user", "tokens/s/GPU", "USD/M out", "J/token"]
         head += ["met SLO", "of light", ""]
-        lines = [f"! {w}" for w in self.warnings]
-        lines += [*([""] if lines else []), *display.table(head, rows, width, texts=2)]
+        return display.Table(head, rows, texts=2)
+
+    def story(self) -> list[str]:
+        """The three steps, as far as they were asked for."""
+        lines = []
         if self.baseline:
-            lines += ["", f"baseline: {', '.join(self.baseline)}"]
+            lines += [f"baseline: {', '.join(self.baseline)}"]
         if self.operating:
             lines.append(f"operating point at {self.attain:.0%} of requests: {self.operating}")
         if self.pushed is not None:
             lines.append(
                 f"pushed: {self.pushed:.2f}x the tokens/s/GPU of the baseline, its users as fast"
             )
-        return "\n".join(lines) + "\n"
+        return lines
 
 
 def frontier(

@@ -37,6 +37,11 @@ def text(value: str) -> Html:
     return Html(escape(display.cut(value, LONGEST_NAME)))
 
 
+def whole(value: str) -> Html:
+    """Text as text, however long."""
+    return Html(escape(value))
+
+
 def long(value: str) -> Html:
     """Text of which more is shown than of a name: a command line, facts."""
     return Html(escape(display.cut(value, _LONGEST_TEXT)))
@@ -120,18 +125,19 @@ def page(
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts) or "'none'"
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:"
     policy += "; base-uri 'none'; form-action 'none'"
-    data = json.dumps([chart.as_dict() for chart in charts], separators=(",", ":"))
     drawn = "".join(f"<script>{script}</script>" for script in scripts)
+    if charts:
+        data = json.dumps([chart.as_dict() for chart in charts], separators=(",", ":"))
+        drawn = f'<script type="application/json" id="charts">{_inert(data)}</script>{drawn}'
     body = "".join(section(name, head, html) for name, head, html in kept)
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{text(title)}</title>'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        f'<meta name="color-scheme" content="light dark"/><title>{text(title)}</title>'
         f"<style>{_read('page.css')}</style></head><body>"
         f'<a class="skip" href="#main">Skip to the content</a><header><h1>{text(title)}</h1>{lead}'
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main id="main">{body}</main>'
-        f'<script type="application/json" id="charts">{_inert(data)}</script>'
         f"{drawn}</body></html>\n"
     )
 

@@ -13,7 +13,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from rows import MS, make_tape, streamed_row
 from tokentape.__main__ import main
-from tokentape.analysis import chart_rows, charts
+from tokentape.analysis import chart_rows, charts, frontier_page
+from tokentape.analysis.frontier import Frontier
 
 HOSTILE = "<img src=x onerror=document.title='owned'>"
 LONG = "m" * 10_000
@@ -201,6 +202,41 @@ def test_a_page_that_exists_is_replaced_only_by_force(
     assert run_cli("report", str(tape), "--html", str(html)) == 1
     assert "--force" in capsys.readouterr().err
     assert html.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def pareto() -> Frontier:
+    """Four runs of hostile names, one of them dominated, one without a number of GPUs."""
+    numbers = dict.fromkeys(
+        [f"tokens_per_s_{axis}_{end}" for axis in ("user", "gpu") for end in ("lo", "hi")]
+        + ["usd_per_m_output", "joules_per_output_token", "attainment", "of_light_speed"]
+    )
+    made = [
+        (HOSTILE, 90.0, 200.0, False, "frontier"),
+        ("b", 50.0, 900.0, False, "operating point"),
+        ("c", 40.0, 300.0, True, "dominated"),
+        ("d", 45.0, None, None, "not placed"),
+    ]
+    names = ("run", "tokens_per_s_user", "tokens_per_s_gpu", "dominated", "part")
+    points = [numbers | {"configuration": RTL} | dict(zip(names, one, strict=True)) for one in made]
+    points[0]["usd_per_m_output"] = 1.5
+    return Frontier(points, [], 0.99, "b", None, ["the run c is suspect; see report c"])
+
+
+def test_a_frontier_has_a_mark_for_each_run_and_dims_those_that_are_dominated(
+    load: Callable[..., Opened], pareto: Frontier, tmp_path: Path
+) -> None:
+    file = tmp_path / "frontier.html"
+    file.write_text(frontier_page.page_of(pareto), encoding="utf-8")
+    page, troubles = load(file, 390, "dark")
+    assert troubles == []
+    marks = page.locator("#chart-tokens_per_s_gpu .mark-symbol.role-mark path")
+    assert sorted(float(m.get_attribute("opacity") or 1) for m in marks.all()) == [0.35, 1, 1]
+    assert page.locator("#chart-usd_per_m_output .mark-symbol.role-mark path").count() == 1
+    assert page.locator("#chart-joules_per_output_token").count() == 0
+    copied = (page.locator("#points pre").text_content() or "").splitlines()
+    assert [line.split("\t")[0] for line in copied] == ["run", HOSTILE, "b", "c", "d"]
+    assert page.locator("img").count() == 0
 
 
 def run_cli(*words: str) -> int:

@@ -11,7 +11,7 @@ from tokentape.cli.objectives import Slos, slos
 from tokentape.cli.output import print_json, print_lines
 from tokentape.cli.read import REPORT_COLUMNS, opened
 from tokentape.cli.record import Json
-from tokentape.traces.errors import UsageError
+from tokentape.traces.errors import TapeError, UsageError
 
 if TYPE_CHECKING:
     from tokentape.analysis.hardware import Hardware
@@ -45,6 +45,11 @@ def frontier(
     gpu_gb_per_s: Annotated[
         float | None, typer.Option("--gpu-gb-per-s", help="Memory bandwidth of a GPU, 1e9 bytes/s.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one HTML file with charts that needs no other."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --html.")] = False,
     json: Json = False,
 ) -> None:
     """Place runs by tokens/s for each user and for each GPU.
@@ -55,6 +60,8 @@ def frontier(
     from tokentape.analysis import frontier as analysis
     from tokentape.analysis.session import connect
 
+    if html is not None and html.exists() and not force:
+        raise TapeError(f"{html}: exists; --force replaces it, or choose another name")
     if (model_gb is None) != (gpu_gb_per_s is None):
         raise UsageError("--model-gb, --gpu-gb-per-s: the speed of light needs both")
     light = None
@@ -66,6 +73,10 @@ def frontier(
     part = float(units.percent("--attain", attain))
     with connect(opened(runs, skip_damaged=False), hardware=told, slos=slos(slo)) as session:
         found = analysis.frontier(session, baseline=baseline or (), attain=part, light=light)
+    if html is not None:
+        from tokentape.analysis.frontier_page import page_of
+
+        html.write_text(page_of(found), encoding="utf-8")
     if json:
         print_json(found.as_dict())
     else:
