@@ -191,6 +191,7 @@ def _ready_tape(options: CaptureOptions, upstream: str, content_key: bytes) -> t
         command=options.command,
         options=given | {"workers": options.workers},
         facts={"candidate": {"url": upstream, "given": options.facts}, "key_id": key_id}
+        | ({} if options.event_sizes else {"event_sizes": False})
         | ({"content_key_id": content_key_id(content_key)} if content_key else {}),
         content=options.content,
         append=True,

@@ -26,6 +26,7 @@ class CaptureOptions:
     command: list[str] = field(default_factory=list)
     drain_s: float = 30.0
     workers: int = 1  # processes that share the port
+    event_sizes: bool = True  # tokens of each event; False: only their sum
     fsync: bool = False  # the journal survives a power cut, not only a kill
     http2: bool = False  # on the listening side, where TLS offers it
     certificate: Path | None = None  # PEM with key and chain: the listening side speaks TLS

@@ -134,6 +134,7 @@ def test_no_secret_is_readable_in_anything_that_a_capture_writes(tmp_path: Path,
     metrics = f"127.0.0.1:{free_port()}"
     options = ["--content", mode, "--metrics", metrics, "--fsync"]
     options += ["--content-key-file", str(key)] if mode == "full" else []
+    options += ["--no-event-sizes"] if mode == "none" else []
     with scripted(answer) as upstream, capturing(upstream, tape, *options) as proxy:
         count = send_secrets(proxy)
         until(lambda: open_tape(tape).unsealed_rows == count, "every row is in the journal")
@@ -146,7 +147,11 @@ def test_no_secret_is_readable_in_anything_that_a_capture_writes(tmp_path: Path,
     assert "nothing lost" in said
     assert "Canary" not in said
     assert list(leaks(tmp_path)) == []
-    assert len(proxy.rows()) == 2 * count
+    rows = proxy.rows()
+    assert len(rows) == 2 * count
+    streams = [row for row in rows if row["off_us"]]
+    assert streams
+    assert all((row["ntok"] is None) == (mode == "none") for row in streams)
     if mode == "full":
         bodies = [row for table in read_content(tape, key_of(key)) for row in table.to_pylist()]
         sent = [row["request_body"] for row in bodies if row["request_whole"]]

@@ -452,3 +452,20 @@ def test_a_path_or_a_method_cannot_carry_text_into_mode_none(tmp_path: Path) -> 
     recorder.finish()
     for path in (p for p in tmp_path.rglob("*") if p.is_file()):
         assert b"canary" not in path.read_bytes(), path
+
+
+def test_without_event_sizes_gaps_per_event_stay_and_gaps_per_token_are_unknown(
+    tmp_path: Path,
+) -> None:
+    tape, now = tmp_path / "a.tape", time.monotonic_ns()
+    recorder = start(tape, facts={"event_sizes": False})
+    finish(recorder, begin(recorder, now), now)
+    recorder.finish()
+    opened = open_tape(tape)
+    (row,) = opened.read().to_pylist()
+    assert (row["ntok"], row["ntok_source"], row["output_tokens"]) == (None, "withheld", 3)
+    assert len(row["off_us"]) == 3
+    assert [f for f in check(opened) if f.severity == "error"] == []
+    assert opened.sql("SELECT count(*) FROM gaps").fetchall() == [(2,)]
+    assert opened.sql("SELECT count(*) FROM itl").fetchall() == [(0,)]
+    assert opened.sql("SELECT count(*) FROM tpot WHERE tpot_ns IS NOT NULL").fetchall() == [(1,)]

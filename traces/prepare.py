@@ -53,6 +53,11 @@ def _refuse_other(tape: Path, role: str, content: str, facts: dict[str, Any]) ->
             f"{tape}: was written under another key, so its prefixes would not match; "
             "give the same --key-file, or choose another --tape"
         )
+    if old.get("event_sizes", True) != facts.get("event_sizes", True):
+        raise TapeError(
+            f"{tape}: --no-event-sizes holds for a whole tape; "
+            "give it as before, or choose another --tape"
+        )
     if old.get("content_key_id") != facts.get("content_key_id"):
         raise TapeError(
             f"{tape}: its bodies are under another content key, or under none; "

@@ -231,7 +231,7 @@ def _columns() -> Iterable[Column]:
     yield c(
         "ntok_source",
         text,
-        "token_ids, usage_cumulative, usage_spread, one_per_event, or why the sum differs",
+        "token_ids, usage_cumulative, usage_spread, one_per_event, or why the sum differs or is not there",
     )
     yield c("usage_raw", text, "the server's usage object, JSON of numbers")
     yield c("planned_input_tokens", i32, "prompt tokens that a replay set out to send", "tokens")

@@ -32,6 +32,7 @@ ROW_GROUP_ROWS = (
 SEAL_BYTES = 64 << 20  # a guess of the rows' size in memory that closes a segment
 WRITE_BYTES = 1 << 20  # at once; pyarrow alone asks the disk 400 times for a small segment
 ZSTD_LEVEL = 3
+WITHHELD = "withheld"  # ntok_source of a tape that shall not have the tokens of each event
 TRACE_CLOCK: dict[str, Any] = {"clock_id": "trace", "anchors": []}  # an import's clock is its trace
 _UNWRITABLE = (pa.ArrowException, ValueError, OverflowError, TypeError)
 _ROW_BYTES, _EVENT_BYTES = 3_600, 12  # in memory, measured
@@ -164,8 +165,10 @@ class TapeWriter:
 
     def append(self, row: dict[str, Any]) -> None:
         """Keep a finished row for the next segment."""
-        self._rows.append(row)
         events = row.get("off_us")
+        if events is not None and not self.facts.get("event_sizes", True):
+            row = row | {"ntok": None, "ntok_source": WITHHELD}
+        self._rows.append(row)
         self.pending_bytes += _ROW_BYTES + _EVENT_BYTES * (len(events) if events is not None else 0)
 
     def append_telemetry(self, sample: tuple[int, int, str, str, str, float]) -> None:

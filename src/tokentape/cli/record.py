@@ -102,6 +102,13 @@ def capture(
             metavar="SIZE", help="Delete the oldest when the tape is larger, such as 100GB."
         ),
     ] = None,
+    event_sizes: Annotated[
+        bool,
+        typer.Option(
+            "--event-sizes/--no-event-sizes",
+            help="Tokens of each event of a stream; their sizes betray text.",
+        ),
+    ] = True,
     fsync: Annotated[
         bool, typer.Option("--fsync", help="The journal survives a power cut, at some cost.")
     ] = False,
@@ -147,6 +154,7 @@ def capture(
         facts=facts,
         command=command_line(),
         workers=workers,
+        event_sizes=event_sizes,
         fsync=fsync,
         http2=http2,
         certificate=cert,
