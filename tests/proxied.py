@@ -47,11 +47,15 @@ class Proxied:
 
 @contextlib.contextmanager
 def capturing(
-    upstream: str, tape: Path, *options: str, environment: dict[str, str] | None = None
+    upstream: str,
+    tape: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    listen: str = "127.0.0.1:0",
 ) -> Iterator[Proxied]:
     """`tokentape capture` in front of `upstream`, listening on a free port."""
     command = [sys.executable, "-m", "tokentape", "capture", "--upstream", upstream]
-    command += ["--tape", str(tape), "--listen", "127.0.0.1:0", *options]
+    command += ["--tape", str(tape), "--listen", listen, *options]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
@@ -123,7 +127,7 @@ Script = Callable[[socket.socket, bytes], None]
 
 
 @contextlib.contextmanager
-def scripted(script: Script) -> Iterator[str]:
+def scripted(script: Script, host: str = "127.0.0.1") -> Iterator[str]:
     """A server that calls `script(connection, request)` for each whole request it reads."""
 
     class Handler(socketserver.BaseRequestHandler):
@@ -137,7 +141,7 @@ def scripted(script: Script) -> Iterator[str]:
         daemon_threads = True
         request_queue_size = 128
 
-    with Server(("127.0.0.1", 0), Handler) as server:
+    with Server((host, 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import tokentape
-from tokentape.cli import calibrate, drive, judge, read, record, search, size
+from tokentape.cli import calibrate, drive, judge, operate, read, record, search, size
 
 # Every verb with the example that ends its help; tests run each of them.
 VERBS: list[tuple[str, Callable[..., Any], str]] = [
@@ -22,6 +22,8 @@ VERBS: list[tuple[str, Callable[..., Any], str]] = [
         record.capture,
         "tokentape capture --upstream http://127.0.0.1:8000 --tape prod.tape",
     ),
+    ("attach", operate.attach, "tokentape attach --port 8000 --to 8080"),
+    ("detach", operate.detach, "tokentape detach --port 8000"),
     (
         "replay",
         drive.replay,
