@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,10 @@ def capturing(
     *options: str,
     environment: dict[str, str] | None = None,
     listen: str = "127.0.0.1:0",
+    through: Sequence[str] = (),
 ) -> Iterator[Proxied]:
-    """`tokentape capture` in front of `upstream`, listening on a free port."""
-    command = [sys.executable, "-m", "tokentape", "capture", "--upstream", upstream]
+    """`tokentape capture` in front of `upstream`, listening on a free port; run by `through`."""
+    command = [*through, sys.executable, "-m", "tokentape", "capture", "--upstream", upstream]
     command += ["--tape", str(tape), "--listen", listen, *options]
     process = subprocess.Popen(
         command,
