@@ -1,4 +1,4 @@
-"""A capture as docs/operations.md runs it: nginx in front, the unit, the manifest, no open proxy."""
+"""A capture as docs/operations.md runs it: nginx, the unit, the manifest; no open proxy."""
 
 import contextlib
 import os
@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
