@@ -44,6 +44,8 @@ LACKS = {
     "model": "models, as replies name them",
 }
 
+_COUNTED = frozenset((*_COLUMNS, *LACKS))
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -140,10 +142,12 @@ def summarize(tape: Tape) -> Summary:
 
 def _count_present(metadata: Any, present: Counter[str]) -> None:
     """Values that are not NULL by column, from the footer; a list counts with all its values."""
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            name = chunk.path_in_schema.split(".")[0]
+    paths = [metadata.schema.column(n).path.split(".")[0] for n in range(metadata.num_columns)]
+    wanted = [(n, name) for n, name in enumerate(paths) if name in _COUNTED]
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for column, name in wanted:
+            chunk = group.column(column)
             counted = chunk.statistics is not None and chunk.statistics.has_null_count
             nulls = chunk.statistics.null_count if counted else 0
             present[name] += chunk.num_values - nulls
