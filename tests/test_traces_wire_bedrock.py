@@ -78,7 +78,7 @@ def test_behind_garbage_the_next_whole_frame_is_found(seed: int) -> None:
     data = garbage + CONVERSE.parts[3] + CONVERSE.parts[4]
     messages = [m for at in range(0, len(data), 7) for m in reader.feed(data[at : at + 7])]
     assert [m[0] for m in messages] == [b"", b"contentBlockDelta", b"contentBlockDelta"]
-    assert messages[0][1] is None and not reader.pending
+    assert messages[0][1] is None and not reader.place
 
 
 def test_trap_22_a_frame_beyond_any_cap_is_counted_and_the_next_one_is_read() -> None:

@@ -114,7 +114,7 @@ def test_trap_22_an_object_beyond_any_cap_is_counted_and_the_next_one_is_read() 
     data = b'[{"a":"' + b'{\\"' * 40 + b'"},\n{"b":[1,{"c":"]"}]}]'
     messages = [m for at in range(len(data)) for m in reader.feed(data[at : at + 1])]
     assert messages == [(b"", None), (b"", b'{"b":[1,{"c":"]"}]}')]
-    assert not reader.pending
+    assert not reader.place
 
 
 BODY = {

@@ -73,7 +73,7 @@ def test_trap_22_a_line_beyond_any_cap_is_counted_and_the_next_one_is_read() -> 
     data = b"x" * 30 + b'\n{"a":1}\n\n{"b":'
     messages = [m for at in range(len(data)) for m in reader.feed(data[at : at + 1])]
     assert messages == [(b"", None), (b"", b'{"a":1}')]
-    assert reader.pending and reader.flush() == [(b"", b'{"b":')]
+    assert reader.place and reader.flush() == [(b"", b'{"b":')]
 
 
 def test_whole_replies_and_errors() -> None:

@@ -171,7 +171,7 @@ class OpenRequest:
             parser.resume(state.progress, arrays, self.reply_bytes)
             parser.facts.model, parser.facts.response_id = row.get("model"), row.get("response_id")
             self.read, self.last_ns = parser.events.read, max([0, *arrays[0], *arrays[4]])
-            lost = state.progress.held or state.place == LOST_PLACE
+            lost = bool(state.progress.place) or state.place == LOST_PLACE
             if parser.decoder is not None and self.reply_bytes:  # its window held text
                 parser.decoder.lose_place()
                 lost = lost or not state.progress.end_mark

@@ -61,9 +61,20 @@ class FrameReader:
         return out
 
     @property
-    def pending(self) -> bool:
-        """Whether a part of a message is held."""
-        return bool(self._tail) or self._skip > 0
+    def place(self) -> list[int]:
+        """Bytes to the end of the message; 0 where its prelude is not whole or is being sought."""
+        if self._skip:
+            return [self._skip]
+        if not self._tail:
+            return []
+        if self._lost or len(self._tail) < _PRELUDE.size:
+            return [0]
+        return [_PRELUDE.unpack_from(self._tail)[0] - len(self._tail)]
+
+    def resume(self, place: list[int]) -> None:
+        """Skip the message whose beginning another process held, and do not report it."""
+        (self._skip,) = place
+        self._lost = not self._skip
 
     def flush(self) -> list[Message]:
         """Half a message is none."""

@@ -23,11 +23,17 @@ class JsonArrayReader:
         self._in_text = False
         self._escaped = False  # the next byte is part of an escape
         self._given_up = False
+        self._elsewhere = False  # another process held the beginning of this object
 
     @property
-    def pending(self) -> bool:
-        """Whether a part of an object is held."""
-        return self._depth > 0
+    def place(self) -> list[int]:
+        """Depth, and whether in a text and in an escape; empty between objects."""
+        return [self._depth, int(self._in_text), int(self._escaped)] if self._depth else []
+
+    def resume(self, place: list[int]) -> None:
+        """Skip the object whose beginning another process held, and do not report it."""
+        self._depth, self._in_text, self._escaped = place[0], bool(place[1]), bool(place[2])
+        self._given_up = self._elsewhere = True
 
     def feed(self, data: bytes) -> list[Message]:
         """Objects that end in these bytes, in order."""
@@ -48,7 +54,7 @@ class JsonArrayReader:
                 self._step(sign)
                 if not self._depth:
                     self._keep(data[begin : at + 1])
-                    out.append(self._end())
+                    out += self._end()
             elif sign == b"{":
                 begin, self._depth = at, 1
         if self._depth:
@@ -70,7 +76,7 @@ class JsonArrayReader:
         if not self._depth:
             return []
         self._depth, self._in_text = 0, False
-        return [self._end()]
+        return self._end()
 
     def _keep(self, data: bytes) -> None:
         if self._given_up:
@@ -80,8 +86,9 @@ class JsonArrayReader:
             self._given_up = True
             self._kept.clear()
 
-    def _end(self) -> Message:
+    def _end(self) -> list[Message]:
         message: Message = (b"", None if self._given_up else bytes(self._kept))
-        self._given_up = False
+        messages = [] if self._elsewhere else [message]
+        self._given_up = self._elsewhere = False
         self._kept.clear()
-        return message
+        return messages

@@ -18,6 +18,7 @@ class LineReader:
         self._limit = limit
         self._tail = bytearray()  # the line that is not complete yet
         self._given_up = False
+        self._elsewhere = False  # another process held the beginning of this line
         self._at_start = True
 
     def feed(self, data: bytes) -> list[Message]:
@@ -31,9 +32,13 @@ class LineReader:
         return out
 
     @property
-    def pending(self) -> bool:
-        """Whether a part of a line is held."""
-        return bool(self._tail) or self._given_up
+    def place(self) -> list[int]:
+        """Not empty where a part of a line is held."""
+        return [1] if self._tail or self._given_up else []
+
+    def resume(self, place: list[int]) -> None:
+        """Skip the line whose beginning another process held, and do not report it."""
+        self._given_up = self._elsewhere = True
 
     def flush(self) -> list[Message]:
         """The last line where its end never came."""
@@ -53,6 +58,9 @@ class LineReader:
             line = line.removeprefix(_BOM)
         given_up, self._given_up, self._at_start = self._given_up, False, False
         self._tail.clear()
+        if self._elsewhere:
+            self._elsewhere = False
+            return []
         if given_up:
             return [(b"", None)]
         line = line.strip()

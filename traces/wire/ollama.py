@@ -35,7 +35,7 @@ _USAGE: Final = frozenset(
 
 
 def _usage(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: value[key] for key in _USAGE & value.keys()}
+    return {key: told for key, told in value.items() if key in _USAGE}  # in the order it came
 
 
 def _take_end(facts: Facts, value: dict[str, Any]) -> str | None:

@@ -32,22 +32,25 @@ class Framing(Protocol):
     def flush(self) -> list[Message]: ...
 
     @property
-    def pending(self) -> bool:
-        """Whether a part of a message is held."""
+    def place(self) -> list[int]:
+        """Where in a message this stands, for `resume`; empty where no part of one is held."""
+
+    def resume(self, place: list[int]) -> None:
+        """Skip the rest of a message whose beginning another process held, and do not report it."""
 
 
 class Progress(msgspec.Struct, array_like=True, gc=False):
     """What a stream's parser must be told to go on in another process: numbers and words, no text.
 
-    `told` as of `Events`. `held`: a part of a message is held, and lost with this process. `more`
-    is the dialect's own.
+    `told` as of `Events`. `place` as of `Framing`: of a message that is lost with this process.
+    `more` is the dialect's own.
     """
 
     understood: int
     nonsense: int
     given_up: int
     end_mark: bool
-    held: bool
+    place: list[int]
     told: tuple[int, int]
     finish: dict[int, str | None]
     prompt_ids: int | None
@@ -203,7 +206,7 @@ class StreamParser(ReplyParser):
             self._nonsense,
             self._given_up,
             self._end_mark,
-            self._framing.pending,
+            self._framing.place,
             self.events.told,
             dict(facts.finish),
             facts.prompt_ids,
@@ -217,6 +220,8 @@ class StreamParser(ReplyParser):
         self._given_up, self._end_mark = progress.given_up, progress.end_mark
         self.facts.finish, self.facts.prompt_ids = dict(progress.finish), progress.prompt_ids
         self.body_bytes = body_bytes
+        if progress.place:
+            self._framing.resume(progress.place)
         self.events.resume(arrays, progress.told, progress.candidates)
         self._resume(progress.more)
 

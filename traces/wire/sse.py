@@ -30,6 +30,7 @@ class SseReader:
         self._more: list[bytes] = []  # second and further data lines
         self._size = 0  # bytes of the message so far, comments aside
         self._given_up = False
+        self._elsewhere = False  # another process held the beginning of this message
 
     def feed(self, data: bytes) -> list[Message]:
         """Messages and comments that end in these bytes, in order."""
@@ -50,9 +51,16 @@ class SseReader:
         return out
 
     @property
-    def pending(self) -> bool:
-        """Whether a part of a message is held."""
-        return bool(self._tail or self._name or self._given_up or self._data is not None)
+    def place(self) -> list[int]:
+        """Whether a line feed may follow; empty where no part of a message is held."""
+        held = self._tail or self._name or self._given_up or self._data is not None
+        return [int(self._after_cr)] if held else []
+
+    def resume(self, place: list[int]) -> None:
+        """Skip the message whose beginning another process held, and do not report it."""
+        self._after_cr, self._at_start = bool(place[0]), False
+        self._given_up = self._elsewhere = True
+        self._tail[:] = b"" if self._after_cr else b"?"  # a line that is not blank
 
     def _feed(self, data: bytes) -> list[Message]:
         if self._at_start or self._after_cr:
@@ -102,7 +110,7 @@ class SseReader:
         for line in lines:
             if not line:
                 if self._data is not None or self._name or self._given_up:
-                    out.append(self._end())
+                    out += self._end()
                 self._size = 0
             elif self._given_up:
                 continue
@@ -132,14 +140,15 @@ class SseReader:
         else:
             self._more.append(value)
 
-    def _end(self) -> Message:
+    def _end(self) -> list[Message]:
         data, name = self._data, self._name
         if self._more:
             data = b"\n".join((data or b"", *self._more))
             self._more = []
         message: Message = (name, None if self._given_up else data or b"")
-        self._data, self._name, self._given_up = None, b"", False
-        return message
+        messages = [] if self._elsewhere else [message]
+        self._data, self._name, self._given_up, self._elsewhere = None, b"", False, False
+        return messages
 
     def _give_up(self) -> None:
         self._given_up = True
