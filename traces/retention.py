@@ -29,9 +29,6 @@ class Limits:
     retain_s: float | None = None
     max_bytes: int | None = None
 
-    def __bool__(self) -> bool:
-        return self.retain_s is not None or self.max_bytes is not None
-
 
 @dataclass(frozen=True)
 class Sealed:
