@@ -11,6 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
+import tokentape
 from rows import MS, make_tape, streamed_row
 from tokentape.__main__ import main
 from tokentape.analysis import chart_rows, charts, frontier_page
@@ -202,6 +203,19 @@ def test_a_page_that_exists_is_replaced_only_by_force(
     assert run_cli("report", str(tape), "--html", str(html)) == 1
     assert "--force" in capsys.readouterr().err
     assert html.read_bytes() == before
+
+
+def test_a_notebook_shows_the_page_in_a_frame_that_cannot_reach_it(
+    browser: Browser, tape: Path
+) -> None:
+    found = tokentape.open(tape).report()
+    assert str(found).startswith("tape ")
+    page = browser.new_page()
+    page.set_content(f"<title>mine</title>{found._repr_html_()}")
+    drawn = page.frames[1].wait_for_selector("#chart-ttft svg")
+    assert drawn is not None and page.title() == "mine"
+    assert page.frames[1].evaluate("window.origin") == "null"
+    page.close()
 
 
 @pytest.fixture(scope="module")

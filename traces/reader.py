@@ -110,6 +110,10 @@ class Tape:
         """Run SQL over the standard views; a DuckDB relation. Needs the analysis room."""
         return _sql([self], query)
 
+    def report(self) -> Any:
+        """The report: its text by print(), its page with charts where a notebook shows it."""
+        return _report([self])
+
 
 class Tapes(list[Tape]):
     """Several tapes with the questions that one answers; iterate for the tapes themselves."""
@@ -132,10 +136,18 @@ class Tapes(list[Tape]):
         """As Tape.sql; the column `run` tells the tapes apart."""
         return _sql(list(self), query)
 
+    def report(self) -> Any:
+        """As Tape.report, the tapes side by side."""
+        return _report(list(self))
+
 
 def _sql(tapes: list[Tape], query: str) -> Any:
     session = importlib.import_module("tokentape.analysis.session")
     return session.connect(tapes).sql(query)
+
+
+def _report(tapes: list[Tape]) -> Any:
+    return importlib.import_module("tokentape.analysis.notebook").shown(tapes)
 
 
 def open_any(path_or_glob: str | Path, *, skip_damaged: bool = False) -> Tape | Tapes:

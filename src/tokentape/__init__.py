@@ -1,6 +1,6 @@
 """Record LLM traffic once, replay it on any hardware, find the latency tails in SQL.
 
-`tokentape.open(path_or_glob)` opens tapes: `.rows`, `.read()` and `.sql("select ...")`.
+`tokentape.open(path_or_glob)` opens tapes: `.rows`, `.read()`, `.sql("select ...")`, `.report()`.
 """
 
 import importlib
