@@ -49,6 +49,14 @@ def column(rows: pa.Table, name: str) -> statistics.Floats:
     return found
 
 
+def numbered(rows: pa.Table, name: str) -> statistics.Ints:
+    """A column of names as numbers: rows of one name have the same, from 0."""
+    found: statistics.Ints = (
+        rows[name].combine_chunks().dictionary_encode().indices.cast(pa.int64()).to_numpy()
+    )
+    return found
+
+
 def outcomes(rows: pa.Table, sides: Sides) -> dict[str, dict[str, int]]:
     """How often each side's requests ended in which way, the most frequent first."""
     ended = np.asarray(rows["outcome"].to_pylist(), dtype=object)
@@ -87,9 +95,9 @@ def lengths(rows: pa.Table, keys: Any, sides: Sides) -> list[Length]:
     return found
 
 
-def _mean_by_key(keys: Any, values: statistics.Floats) -> dict[str, float]:
+def _mean_by_key(keys: statistics.Ints, values: statistics.Floats) -> dict[int, float]:
     known = np.isfinite(values)
-    names, place = np.unique(keys[known].astype(str), return_inverse=True)
+    names, place = np.unique(keys[known], return_inverse=True)
     means = np.bincount(place, values[known]) / np.maximum(np.bincount(place), 1)
     return dict(zip(names.tolist(), means.tolist(), strict=True))
 
@@ -111,7 +119,7 @@ def warnings(
         *_answers([tape.facts.get("sentinels") for tape in session.tapes]),
         *(
             f"mean {x.what} tokens differ: A {display.figure(x.a)}, B {display.figure(x.b)}"
-            for x in lengths(rows, np.asarray(rows["key"].to_pylist(), dtype=object), paired)
+            for x in lengths(rows, numbered(rows, "key"), paired)
             if x.a and x.b is not None and abs(x.b - x.a) > 0.01 * x.a
         ),
     ]

@@ -1,11 +1,10 @@
 """A against B: requests paired by where they come from, effects with intervals, a gate for CI.
 
-Two replays of one tape send the same requests, so B - A of a statistic is taken over the same
-requests, and the bootstrap draws the same blocks of time for both sides: what the traffic did drops
-out. Each side may be several runs; a request then counts once for each of them.
+Two replays of one tape send the same requests, so a change is taken over the same requests
+(effects.py, gap_effects.py, attainment.py). Each side may be several runs; a request then counts
+once for each of them, and what runs of one side differ by is in the intervals.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,20 +12,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokentape.analysis import comparable, display, gates, statistics
+from tokentape.analysis import comparable, display, effects, gap_effects, gates
+from tokentape.analysis.attainment import Attained, attained
 from tokentape.analysis.comparable import Length, column
+from tokentape.analysis.effects import STATS, Effect, Pairs
 from tokentape.analysis.session import Session
+from tokentape.analysis.statistics import Ints
 from tokentape.traces.errors import UsageError
 
 METRICS = ("ttft", "ttft_arrival", "tpot", "e2e")
-STATS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 GROUPS = {"prompt tokens up to": "bucket", "model": "model", "turn": "turn"}
 _MOST_GROUPS = 12  # of one kind; the largest are shown
-GATES = (*(f"{metric}_{stat}" for metric in METRICS for stat in STATS), "failed")
+_ALL = (*METRICS, *gap_effects.METRICS)
+_PARTS = ("failed", "slo_attainment")  # of requests, so a change is in per cent of all of them
+GATES = (*(f"{metric}_{stat}" for metric in _ALL for stat in STATS), *_PARTS)
 
 _ROWS = """
 SELECT
   run,
+  request_id,
   coalesce(source_request_id, request_id)::VARCHAR || '/' || coalesce(copy_index, 0) AS key,
   arrival_ns - min(arrival_ns) OVER (PARTITION BY run) AS at_ns,
   outcome,
@@ -52,31 +56,6 @@ LEFT JOIN (
 
 
 @dataclass(frozen=True)
-class Effect:
-    """A statistic of both sides over the same requests; `lo` and `hi` bound `change` at 95 %.
-
-    change: B / A - 1. None with too few pairs; lo and hi also with too few blocks of time.
-    """
-
-    group: str
-    metric: str
-    stat: str
-    a: float | None
-    b: float | None
-    change: float | None
-    lo: float | None
-    hi: float | None
-    n: int
-
-    @property
-    def word(self) -> str:
-        """higher, lower, no clear change, or too few."""
-        if self.lo is None or self.hi is None:
-            return display.TOO_FEW
-        return "higher" if self.lo > 0 else "lower" if self.hi < 0 else "no clear change"
-
-
-@dataclass(frozen=True)
 class Comparison:
     """What changed from A to B, and what keeps the two from being comparable."""
 
@@ -88,6 +67,7 @@ class Comparison:
     outcomes: dict[str, dict[str, int]]
     failed_on_one_side: dict[str, int]
     lengths: list[Length]
+    attained: list[Attained]
     effects: list[Effect]
     warnings: list[str]
 
@@ -107,7 +87,19 @@ class Comparison:
             )
             one = ", ".join(f"{side} {n:,}" for side, n in self.failed_on_one_side.items())
             lines += [f"outcomes: {told}", f"failed on one side: {one}"]
-        return lines + [length.line() for length in self.lengths if length.n]
+        lines += [length.line() for length in self.lengths if length.n]
+        return [*lines, *self._between_runs(), *(found.line() for found in self.attained)]
+
+    def _between_runs(self) -> list[str]:
+        """How far runs of one side lie apart, which the intervals hold; or that nobody knows."""
+        if len(self.a) == len(self.b) == 1:
+            return ["one run a side: what another run would differ by is not in the intervals"]
+        told = ", ".join(
+            f"{e.metric} {e.stat} {e.between_runs:.1%}"
+            for e in self.effects
+            if e.group == "all" and e.stat == "p50" and e.between_runs is not None
+        )
+        return [f"standard deviation between runs of a side: {told}"] if told else []
 
     def text(self, width: int = 100) -> str:
         """Tables for a terminal; groups only where their change is clear."""
@@ -141,7 +133,7 @@ def compare(session: Session, a: Sequence[str], b: Sequence[str]) -> Comparison:
     """Compare the runs labelled `a` with those labelled `b`; UsageError where no request pairs."""
     rows = session.table(_ROWS)
     runs = np.asarray(rows["run"].to_pylist(), dtype=object)
-    keys = np.asarray(rows["key"].to_pylist(), dtype=object)
+    keys = comparable.numbered(rows, "key")
     sides = {"A": np.isin(runs, list(a)), "B": np.isin(runs, list(b))}
     both = np.intersect1d(keys[sides["A"]], keys[sides["B"]])
     if not len(both):
@@ -150,13 +142,18 @@ def compare(session: Session, a: Sequence[str], b: Sequence[str]) -> Comparison:
         )
     paired = np.isin(keys, both)
     masks = {side: mask & paired for side, mask in sides.items()}
-    ok = column(rows, "ok")
-    effects = [
+    ok, weights, pairs = column(rows, "ok"), column(rows, "weight"), _pairs(rows, keys, masks)
+    members = _members(rows, masks["A"] | masks["B"])
+    found = [
         effect
-        for group, member in _members(rows, masks["A"] | masks["B"])
+        for group, member in members
         for metric in METRICS
-        for effect in _effects(rows, keys, masks, member, group, metric)
+        for effect in effects.of_requests(
+            pairs, column(rows, metric), weights, member, group, metric
+        )
     ]
+    streamed = np.isfinite(column(rows, "ttft"))
+    found += gap_effects.of_gaps(session, rows, pairs, streamed, members)
     return Comparison(
         a=list(a),
         b=list(b),
@@ -166,9 +163,17 @@ def compare(session: Session, a: Sequence[str], b: Sequence[str]) -> Comparison:
         outcomes=comparable.outcomes(rows, masks),
         failed_on_one_side=comparable.failed_on_one_side(keys, ok, masks),
         lengths=comparable.lengths(rows, keys, masks),
-        effects=effects,
+        attained=attained(session, rows, pairs, weights),
+        effects=found,
         warnings=comparable.warnings(session, rows, {"A": a, "B": b}, sides, masks),
     )
+
+
+def _pairs(rows: pa.Table, keys: Ints, masks: dict[str, Any]) -> Pairs:
+    """A key's time is that of its last row in A."""
+    at_ns = np.zeros(int(keys.max()) + 1, np.int64)
+    at_ns[keys[masks["A"]]] = rows["at_ns"].to_numpy()[masks["A"]]
+    return Pairs(keys, comparable.numbered(rows, "run"), masks, at_ns)
 
 
 def _members(rows: pa.Table, used: Any) -> list[tuple[str, Any]]:
@@ -183,46 +188,6 @@ def _members(rows: pa.Table, used: Any) -> list[tuple[str, Any]]:
     return found
 
 
-def _effects(
-    rows: pa.Table, keys: Any, masks: dict[str, Any], member: Any, group: str, metric: str
-) -> list[Effect]:
-    """The effect on each statistic, over the requests of a group that both sides have."""
-    values, at_ns, weights = (column(rows, c) for c in (metric, "at_ns", "weight"))
-    known = np.isfinite(values) & member
-    both = np.intersect1d(keys[masks["A"] & known], keys[masks["B"] & known])
-    at_of = dict(zip(keys[masks["A"]], at_ns[masks["A"]], strict=True))
-    # a request's block is that of its time in A, on both sides
-    numbers, n_blocks = statistics.blocks_of(np.array([at_of[k] for k in both], dtype=np.int64))
-    block_of = dict(zip(both, numbers.tolist(), strict=True))
-    draws = statistics.resamples(n_blocks) if n_blocks >= statistics.LEAST_BLOCKS else None
-    chosen = {side: mask & known & np.isin(keys, both) for side, mask in masks.items()}
-    blocks = {s: np.array([block_of[k] for k in keys[m]], np.int64) for s, m in chosen.items()}
-    ends: dict[str, tuple[float, float] | None] = {}
-    if draws is not None:
-        a, b = (
-            statistics.bootstrap_quantiles(
-                values[m], blocks[s], draws, list(STATS.values()), weights[m]
-            )
-            for s, m in chosen.items()
-        )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            changes = b / a - 1
-        ends = {s: statistics.interval(c, n_blocks) for s, c in zip(STATS, changes, strict=True)}
-    n = len(both)
-    found = []
-    for stat, p in STATS.items():
-        if n <= math.ceil(p * n):
-            found.append(Effect(group, metric, stat, None, None, None, None, None, n))
-            continue
-        old, new = (statistics.quantile(values[m], p, weights[m]) for m in chosen.values())
-        enough = n >= statistics.least_for_interval(p)
-        lo, hi = (ends.get(stat) if enough else None) or (None, None)
-        found.append(
-            Effect(group, metric, stat, old, new, new / old - 1 if old else None, lo, hi, n)
-        )
-    return found
-
-
 def judge(found: Comparison, texts: Sequence[str]) -> dict[str, str | None]:
     """Why each gate fails, or None: it fails on a change beyond its limit that is clearly not zero.
 
@@ -232,11 +197,12 @@ def judge(found: Comparison, texts: Sequence[str]) -> dict[str, str | None]:
 
 
 def _judge(found: Comparison, gate: gates.Gate) -> str | None:
-    if gate.name == "failed":
+    if gate.name in _PARTS:
         if gate.is_time:
-            raise UsageError(f"--fail-if {gate.text}: failed is a part of requests: failed>+1%")
-        more = found.failed["B"] - found.failed["A"]
-        return f"{gate.text}: {more:+.2%} of requests" if gate.beyond(more) else None
+            raise UsageError(
+                f"--fail-if {gate.text}: {gate.name} is a part of requests: {gate.name}>+1%"
+            )
+        return _judge_attained(found, gate) if gate.name != "failed" else _judge_failed(found, gate)
     metric, _, stat = gate.name.rpartition("_")
     [effect] = [e for e in found.effects if (e.group, e.metric, e.stat) == ("all", metric, stat)]
     if effect.a is None or effect.b is None:
@@ -250,6 +216,24 @@ def _judge(found: Comparison, gate: gates.Gate) -> str | None:
     if gate.beyond(change) and gate.clear(effect.lo, effect.hi):
         told = display.duration(change) if gate.is_time else percent(effect.change)
         return f"{gate.text}: {told}, 95 % {span(effect)}"
+    return None
+
+
+def _judge_failed(found: Comparison, gate: gates.Gate) -> str | None:
+    more = found.failed["B"] - found.failed["A"]
+    return f"{gate.text}: {more:+.2%} of requests" if gate.beyond(more) else None
+
+
+def _judge_attained(found: Comparison, gate: gates.Gate) -> str | None:
+    """Every SLO is held to the gate; one without an interval fails it."""
+    if not found.attained:
+        raise UsageError(f"--fail-if {gate.text}: give the objective, such as --slo ttft=500ms")
+    for slo in found.attained:
+        if slo.change is None or slo.lo is None or slo.hi is None:
+            return f"{gate.text}: too few pairs for {slo.slo} (n={slo.n})"
+        if gate.beyond(slo.change) and gate.clear(slo.lo, slo.hi):
+            span = f"{100 * slo.lo:+.2f} .. {100 * slo.hi:+.2f} %"
+            return f"{gate.text}: {slo.change:+.2%} of requests for {slo.slo}, 95 % {span}"
     return None
 
 

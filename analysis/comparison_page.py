@@ -8,7 +8,8 @@ from html import escape
 
 from tokentape.analysis import display
 from tokentape.analysis import page as pages
-from tokentape.analysis.compare import Comparison, Effect, percent, span
+from tokentape.analysis.compare import Comparison, percent, span
+from tokentape.analysis.effects import Effect
 
 _WIDTH, _HEIGHT = 240, 18
 _WORDS = 3  # columns

@@ -100,6 +100,10 @@ class Session:
             comment(self._connection, list(_modules()))
             self._commented = True
 
+    def give(self, name: str, rows: pa.Table) -> None:
+        """Rows of the caller that queries may then name, in place of earlier ones so named."""
+        self._connection.register(name, rows)
+
     def table(self, query: str) -> pa.Table:
         """The whole result of one SELECT; UsageError or TapeError, one line, when it fails."""
         relation = self.sql(query)

@@ -77,14 +77,15 @@ def bootstrap_quantiles(
     levels: Sequence[float],
     weights: Floats | None = None,
 ) -> Floats:
-    """Quantiles in each replicate, to within a rank bin: float[levels, replicates].
+    """Quantiles in each replicate, exact or to within a rank bin: float[levels, replicates].
 
     NaN where a replicate has no value. Cost: one product of draws with a histogram of every block.
     """
     ordered = np.sort(values)
-    n = len(ordered)
-    fine = np.concatenate([np.linspace(0, n - 1, _BINS), np.linspace(0.98 * n, n - 1, _BINS)])
-    edges = np.unique(ordered[fine.astype(np.int64)])
+    edges, n = np.unique(ordered), len(ordered)
+    if len(edges) > 2 * _BINS:
+        fine = np.concatenate([np.linspace(0, n - 1, _BINS), np.linspace(0.98 * n, n - 1, _BINS)])
+        edges = np.unique(ordered[fine.astype(np.int64)])
     histogram = np.zeros((draws.shape[1], len(edges)))
     place = (blocks, np.searchsorted(edges, values))
     np.add.at(histogram, place, 1 if weights is None else weights)
@@ -175,7 +176,11 @@ def _effective(below: npt.NDArray[np.bool_], blocks: Ints, n_blocks: int) -> flo
 
 
 def student(df: float) -> float:
-    """97.5 % point of Student's t (Cornish-Fisher, Abramowitz and Stegun 26.7.5)."""
+    """97.5 % point of Student's t: exact to df 2, then Abramowitz and Stegun 26.7.5."""
+    if df < 2:  # between 1 and 2 the wider one
+        return math.tan(math.pi * LEVEL / 2)
+    if df < 3:
+        return LEVEL * math.sqrt(2 / (1 - LEVEL**2))
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

@@ -4,7 +4,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 
 from tokentape.analysis import display
-from tokentape.analysis.compare import Comparison, Effect
+from tokentape.analysis.compare import Comparison
+from tokentape.analysis.effects import Effect
 
 _SHOWN_IN_SUMMARY = ("p50", "p99")
 
@@ -39,8 +40,7 @@ def markdown(found: Comparison, gates: Mapping[str, str | None]) -> str:
     lines = [
         f"### {_cell(', '.join(found.a))} against {_cell(', '.join(found.b))}",
         "",
-        f"{found.pairs:,} requests in both; failed: "
-        + ", ".join(f"{side} {share:.2%}" for side, share in found.failed.items()),
+        *(f"{_cell(line)}  " for line in found.facts()),
         "",
         *(
             f"- {'✅' if why is None else '❌'} `{gate}`{_because(why)}"

@@ -13,6 +13,7 @@ from rows import MS, make_tape, streamed_row
 from tokentape import cli
 from tokentape.analysis import compare as analysis
 from tokentape.analysis import comparison_page, verdicts
+from tokentape.analysis.effects import Effect
 from tokentape.analysis.session import connect
 from tokentape.traces.errors import UsageError
 
@@ -67,7 +68,7 @@ def compared(tapes: dict[str, Path], a: list[str], b: list[str]) -> analysis.Com
         return analysis.compare(session, session.labels[: len(a)], session.labels[len(a) :])
 
 
-def effect(found: analysis.Comparison, metric: str, stat: str) -> analysis.Effect:
+def effect(found: analysis.Comparison, metric: str, stat: str) -> Effect:
     [one] = [e for e in found.effects if (e.group, e.metric, e.stat) == ("all", metric, stat)]
     return one
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from tokentape.cli.objectives import Slos, slos
 from tokentape.cli.output import print_json, print_lines
 from tokentape.cli.read import REPORT_COLUMNS, Tapes, opened
 from tokentape.cli.record import Json
@@ -14,13 +15,14 @@ from tokentape.traces.errors import GateNotMet, TapeError
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="The run to compare with; or a glob.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The run that is new; or a glob.")],
+    slo: Slos = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
             "--fail-if",
             metavar="GATE",
             help="Exit 3 if so: ttft_p99>+5%, ttft_p99>+20ms (changes), ttft_p99>500ms (B itself), "
-            "failed>+1%. Repeatable.",
+            "failed>+1%, slo_attainment<-1%. Repeatable.",
         ),
     ] = None,
     html: Annotated[
@@ -41,7 +43,8 @@ def compare(
     """Say what changed from run A to run B, request by request.
 
     Both must come from one tape: requests are paired by the request that they repeat. Each change
-    has a 95 % interval from a block bootstrap over time; a gate fails only on a clear change.
+    has a 95 % interval from a block bootstrap over time; a gate fails only on a clear change. With
+    a glob of several runs a side, what runs differ by is in the intervals.
     """
     from tokentape.analysis import compare as analysis
     from tokentape.analysis import comparison_page, verdicts
@@ -51,7 +54,7 @@ def compare(
         if file is not None and file.exists() and not force:
             raise TapeError(f"{file}: exists; --force replaces it, or choose another name")
     first, second = opened([a], skip_damaged=False), opened([b], skip_damaged=False)
-    with connect([*first, *second]) as session:
+    with connect([*first, *second], slos=slos(slo)) as session:
         labels = session.labels
         found = analysis.compare(session, labels[: len(first)], labels[len(first) :])
     gates = analysis.judge(found, fail_if or [])
