@@ -11,6 +11,7 @@ from tokentape.analysis.modules import Module, ModuleError, SqlObject
 # Costly to bind, so made when a query names one of their objects; METRICS.md lists all alike.
 ON_DEMAND = {
     "metrics.long",
+    "metrics.all",
     "phase.prefill",
     "phase.phases",
     "phase.phases_long",

@@ -404,6 +404,11 @@ def test_every_metric_has_the_same_rows_for_every_run(long: list[Row]) -> None:
     assert len(set(found["empty"])) == len(found["empty"])
 
 
+def test_one_view_has_every_metric_estimates_included(session: Session) -> None:
+    found = session.sql("SELECT DISTINCT run, metric FROM metrics_all").fetchall()
+    assert set(found) == {(run, m.name) for run in TAPES for m in metrics()}
+
+
 def test_an_empty_tape_measures_nothing_and_counts_zero(long: list[Row]) -> None:
     for row in long:
         if row["run"] == "empty":

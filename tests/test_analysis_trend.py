@@ -1,11 +1,14 @@
 """Change points over many runs: planted ones are found, chance is not called a change."""
 
+import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rows import MS, make_tape, streamed_row
+from tokentape import cli
 from tokentape.analysis.session import connect
 from tokentape.analysis.trend import CHANCE, LEAST_RUNS, Series, Trend, changes, judge, trend
 from tokentape.traces.errors import UsageError
@@ -101,3 +104,58 @@ def test_a_history_too_short_to_tell_fails_a_gate() -> None:
     assert why == "ttft_p99>+5%: too few samples in r09"
     with pytest.raises(UsageError, match="need METRIC_STAT"):
         judge(told([100e6] * 5), ["ttft_p90>+5%"])
+
+
+@pytest.fixture(scope="module")
+def nightly(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Seven runs of one candidate, and one whose first tokens come half as late again."""
+    folder = tmp_path_factory.mktemp("nightly")
+    for i in range(8):
+        slower = 1.5 if i == 7 else 1 + i % 3 / 100
+        rows = [
+            streamed_row(j, 3, first_content_ns=(j + 1) * MS + int(50 * MS * slower))
+            for j in range(30)
+        ]
+        make_tape(folder / f"run{i}", rows, role="replay", created_unix_ns=1000 + i)
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize(
+    ("gate", "until", "code", "why"),
+    [
+        ("ttft_p50>+5%", 8, 3, "trend: ttft_p50>+5%: +48"),
+        ("ttft_p50>+5%", 7, 0, ""),  # as the runs before
+        ("ttft_p50>70ms", 8, 3, "trend: ttft_p50>70ms: 75.0 ms"),
+        ("ttft_p50>+5%", 4, 3, "too few runs before run3 (n=3)"),
+        ("tpot>5%", 8, 2, "need METRIC_STAT"),
+    ],
+)
+def test_the_exit_code_of_a_gate_on_the_latest_run(
+    nightly: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    gate: str,
+    until: int,
+    code: int,
+    why: str,
+) -> None:
+    junit, summary = tmp_path / "j.xml", tmp_path / "s.md"
+    told = ["--fail-if", gate, "--junit", str(junit), "--summary", str(summary)]
+    monkeypatch.setattr(sys, "argv", ["tokentape", "trend", *nightly[:until], *told])
+    with pytest.raises(SystemExit) as left:
+        cli.run()
+    out, err = capfd.readouterr()
+    assert left.value.code == code, err
+    assert why in err
+    assert junit.exists() == summary.exists() == (code != 2)
+    if code == 2:
+        return
+    latest = f"run{until - 1} after {until - 1} runs"
+    suite = ET.fromstring(junit.read_text())
+    assert suite.get("name") == latest and suite.get("failures") == str(int(code == 3))
+    failure = suite.find("testcase/failure")
+    assert (failure is not None and why.removeprefix("trend: ") in str(failure.text)) == bool(code)
+    page = summary.read_text()
+    assert page.startswith(f"### {latest}") and f"- {'❌' if code else '✅'} `{gate}`" in page
+    assert "| ttft p50 |" in page and f"run{until - 1}" in out

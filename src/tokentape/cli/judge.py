@@ -1,5 +1,6 @@
 """Verbs that judge runs: compare, fidelity (a run against its tape), trend, tails."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,13 @@ from tokentape.cli.output import print_json, print_lines
 from tokentape.cli.read import REPORT_COLUMNS, Tapes, opened
 from tokentape.cli.record import Json
 from tokentape.traces.errors import GateNotMet, TapeError
+
+Junit = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write JUnit XML too, a case for each gate.")
+]
+Summary = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Append Markdown, as to $GITHUB_STEP_SUMMARY.")
+]
 
 
 def compare(
@@ -28,13 +36,8 @@ def compare(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write one HTML file that needs no other.")
     ] = None,
-    junit: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write JUnit XML too, a case for each gate.")
-    ] = None,
-    summary: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Append Markdown, as to $GITHUB_STEP_SUMMARY."),
-    ] = None,
+    junit: Junit = None,
+    summary: Summary = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the files of --html and --junit.")
     ] = False,
@@ -50,9 +53,7 @@ def compare(
     from tokentape.analysis import comparison_page, verdicts
     from tokentape.analysis.session import connect
 
-    for file in (html, junit):
-        if file is not None and file.exists() and not force:
-            raise TapeError(f"{file}: exists; --force replaces it, or choose another name")
+    _refuse_existing((html, junit), force=force)
     first, second = opened([a], skip_damaged=False), opened([b], skip_damaged=False)
     with connect([*first, *second], slos=slos(slo)) as session:
         labels = session.labels
@@ -64,14 +65,24 @@ def compare(
     if junit is not None:
         junit.write_text(verdicts.junit(found, gates), encoding="utf-8")
     if summary is not None:
-        with summary.open("a", encoding="utf-8") as page:
-            page.write(verdicts.markdown(found, gates))
+        _append(summary, verdicts.markdown(found, gates))
     if json:
         print_json(found.as_dict() | {"failed_gates": failures})
     else:
         print_lines([found.text(REPORT_COLUMNS).rstrip("\n")])
     if failures:
         raise GateNotMet(f"compare: {'; '.join(failures)}")
+
+
+def _refuse_existing(files: Iterable[Path | None], *, force: bool) -> None:
+    for file in files:
+        if file is not None and file.exists() and not force:
+            raise TapeError(f"{file}: exists; --force replaces it, or choose another name")
+
+
+def _append(file: Path, text: str) -> None:
+    with file.open("a", encoding="utf-8") as page:
+        page.write(text)
 
 
 def tails(
@@ -110,6 +121,9 @@ def trend(
             help="Exit 3 if the latest run is so against those before: ttft_p99>+5%. Repeatable.",
         ),
     ] = None,
+    junit: Junit = None,
+    summary: Summary = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --junit.")] = False,
     json: Json = False,
 ) -> None:
     """Say how metrics went over many runs, and from which run on they changed.
@@ -118,12 +132,18 @@ def trend(
     gate asks whether the latest run lies outside what those before it, five or more, let expect.
     """
     from tokentape.analysis import trend as analysis
+    from tokentape.analysis import verdicts
     from tokentape.analysis.session import connect
 
+    _refuse_existing([junit], force=force)
     with connect(opened(runs, skip_damaged=False)) as session:
         found = analysis.trend(session)
     gates = analysis.judge(found, fail_if or [])
     failures = [why for why in gates.values() if why is not None]
+    if junit is not None:
+        junit.write_text(verdicts.trend_junit(found, gates), encoding="utf-8")
+    if summary is not None:
+        _append(summary, verdicts.trend_markdown(found, gates))
     if json:
         print_json(found.as_dict() | {"failed_gates": failures})
     else:
