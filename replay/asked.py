@@ -29,6 +29,11 @@ class Asked:
         asked = (self.thin, self.multiply, self.loop_ns, self.loop_passes, self.replica)
         return any(value is not None for value in asked)
 
+    @property
+    def copies(self) -> bool:
+        """True when requests are sent more often than they came."""
+        return any(value is not None for value in (self.multiply, self.loop_ns, self.loop_passes))
+
     def operators(self, seed: int, speed: Fraction, step_ns: int | None) -> tuple[Operator, ...]:
         """Them, in the order in which they are applied.
 

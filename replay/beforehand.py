@@ -103,7 +103,7 @@ class Sent:
 
 def warm_up(share: Share, count: int) -> Sent:
     """Send the first requests of a plan, again and again until `count`, with prompts of nobody."""
-    other = replace(share, namespace=f"{share.namespace} warm-up", aborts=Aborts())
+    other = replace(share, namespace=f"{share.namespace} warm-up", aborts=Aborts(), verbatim=False)
     requests = (other.outgoing(number % len(other)) for number in range(count))
     return asyncio.run(_send(share, "requests to warm up", requests))
 

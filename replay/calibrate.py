@@ -173,6 +173,8 @@ def busiest(plan: Plan, url: str, tape: Path, span_ns: int) -> Plan:
         tape=tape,
         headers={},
         key_env=None,
+        prompt="random",
+        content_key_file=None,
         ca=None,
         shard=None,  # the part is one already
         start_at_unix_ns=None,

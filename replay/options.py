@@ -29,7 +29,8 @@ class ReplayOptions:
     seed: int = 0
     namespace: str | None = None  # of the prompts; None: one that no other run has
     session_header: str | None = None  # by which each request tells its session
-    prompt: Literal["random", "text"] = "random"  # what prompts are made of
+    prompt: Literal["random", "text", "recorded"] = "random"  # what prompts are made of
+    content_key_file: Path | None = None  # of recorded bodies
     tokenizer: Path | None = None  # a tokenizer.json to count them with
     model: str | None = None
     models: dict[str, str] = field(default_factory=dict)  # to ask for, by the recorded one
@@ -70,6 +71,7 @@ class ReplayOptions:
             "namespace": self.namespace,
             "session_header": self.session_header,
             "prompt": self.prompt,
+            "content_key_file": str(self.content_key_file) if self.content_key_file else None,
             "tokenizer": str(self.tokenizer) if self.tokenizer else None,
             "model": self.model,
             "models": self.models,
@@ -112,11 +114,31 @@ class ReplayOptions:
                 "--prime-cache: is for a --window that begins later than the tape, without "
                 "--thin, --multiply, --loop and --replica"
             )
+        self._check_recorded()
         if ours := sorted(self.body.keys() & set(OURS)):
             raise UsageError(f"--body {ours[0]}: that field follows from the tape and the options")
         if self.endpoint not in ("recorded", *ENDPOINTS):
             known = ", ".join(ENDPOINTS)
             raise UsageError(f"--endpoint {self.endpoint}: give recorded, {known}")
+
+    def _check_recorded(self) -> None:
+        """UsageError for what recorded bodies cannot do."""
+        if self.prompt != "recorded":
+            if self.content_key_file is not None:
+                raise UsageError("--content-key-file: is for --prompt recorded")
+            return
+        asked = {
+            "--endpoint": self.endpoint != "recorded",
+            "--body": self.body,
+            "--tokenizer": self.tokenizer,
+            "--clip": self.clip,
+            "--prime-cache": self.prime_cache,
+            "--multiply and --loop": self.operators.copies,
+        }
+        if refused := [name for name, given in asked.items() if given]:
+            raise UsageError(
+                f"{refused[0]}: not with --prompt recorded, which sends bodies as they came"
+            )
 
     def fresh_namespace(self) -> str:
         """A namespace that no run has had: no candidate's cache holds prompts of it.

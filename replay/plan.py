@@ -16,11 +16,12 @@ from tokentape.replay import plan_words
 from tokentape.replay.ahead import Outgoing
 from tokentape.replay.apis import ENDPOINTS, Endpoint, endpoint
 from tokentape.replay.beforehand import Prefixes
+from tokentape.replay.bodies import read_bodies
 from tokentape.replay.capacity import STREAM_GAP_S, TOKEN_BYTES, Demand, Fit, Machine
 from tokentape.replay.options import ReplayOptions
 from tokentape.replay.probe import find_target
 from tokentape.replay.reuse import names_of, repeated_blocks
-from tokentape.replay.schedule import NS_PER_S, Schedule, ScheduleOptions, make_schedule
+from tokentape.replay.schedule import NS_PER_S, Offered, Schedule, ScheduleOptions, make_schedule
 from tokentape.replay.sessions import Numbers, of_copies, shard_of
 from tokentape.replay.shape import Shapes
 from tokentape.replay.share import Share
@@ -34,7 +35,10 @@ from tokentape.replay.targets import (
 from tokentape.replay.tokenizer_file import TokenizerFile
 from tokentape.replay.turns import TurnPlan, check_ring, make_waits
 from tokentape.traces.errors import UsageError
-from tokentape.traces.reader import open_tape
+from tokentape.traces.privacy import load_content_key
+from tokentape.traces.reader import Tape, open_tape
+
+NO_BODY = "has no whole recorded body"
 
 
 @dataclass
@@ -84,7 +88,13 @@ class Plan:
             timeout_ns=self.options.timeout_ns,
             first_byte_timeout_ns=self.options.first_byte_timeout_ns,
             precise=self.options.precise,
+            verbatim=self.verbatim,
         )
+
+    @property
+    def verbatim(self) -> bool:
+        """Whether recorded bodies are sent again."""
+        return self.source.rows.bodies is not None
 
     def outgoing(self, number: int) -> Outgoing:
         """The i-th request of the schedule, body and all."""
@@ -245,7 +255,7 @@ class Plan:
             "url": self.target.address.base,
             "urls": [address.base for address in self.target.addresses],
             "model": self.target.model,
-            "prompts": {name: form.rung for name, form in forms},
+            "prompts": {name: plan_words.prompts(self, form) for name, form in forms},
             "output_pinning": {name: str(form.pinning) for name, form in forms},
             "asked": self.probed,
         }
@@ -272,16 +282,7 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     tape = open_tape(options.source)
     step_ns = tape.facts.get("arrival_resolution_ns")
     operators = options.operators.operators(options.seed, options.speed, step_ns)
-    source, offered = read_source(
-        tape,
-        include_failed=options.include_failed,
-        with_kin=bool(operators),
-        with_aborts=options.replay_aborts,
-        any_api=options.endpoint != "recorded",
-    )
-    if offered.kin is not None:
-        names = partial(names_of, source)
-        offered = replace(offered, kin=replace(offered.kin, prefixes=names))
+    source, offered = _offered(options, tape, with_kin=bool(operators))
     shapes = Shapes(source, operators) if operators or options.speed != 1 else None
     wanted = ScheduleOptions(
         options.speed, options.window, options.max_requests, options.max_tokens, operators
@@ -318,6 +319,28 @@ def make_plan(options: ReplayOptions, *, offline: bool = False) -> Plan:
     if options.clip:
         made.clip()
     return made
+
+
+def _offered(options: ReplayOptions, tape: Tape, *, with_kin: bool) -> tuple[Source, Offered]:
+    """What the tape offers; with its recorded bodies, what has none is left out."""
+    source, offered = read_source(
+        tape,
+        include_failed=options.include_failed,
+        with_kin=with_kin,
+        with_aborts=options.replay_aborts,
+        any_api=options.endpoint != "recorded",
+    )
+    if options.prompt == "recorded":
+        key_file = options.content_key_file
+        bodies = read_bodies(tape, load_content_key(key_file) if key_file else b"")
+        source.rows.bodies = bodies
+        without = (bodies.place < 0) & (offered.reason == 0)
+        reason = np.where(without, len(offered.reasons), offered.reason).astype(np.int8)
+        offered = replace(offered, reason=reason, reasons=(*offered.reasons, NO_BODY))
+    if offered.kin is not None:
+        names = partial(names_of, source)
+        offered = replace(offered, kin=replace(offered.kin, prefixes=names))
+    return source, offered
 
 
 def _where(options: ReplayOptions) -> tuple[tuple[Address, ...], Headers]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tokentape.replay.health import cores
 from tokentape.replay.schedule import NS_PER_S
-from tokentape.replay.targets import is_private
+from tokentape.replay.targets import Form, is_private
 
 if TYPE_CHECKING:
     from tokentape.replay.plan import Plan
@@ -53,23 +53,34 @@ def text(plan: "Plan") -> str:
         )
     else:
         lines.append("  prefixes: the tape knows none, so no two prompts share one")
-    lines.append(
-        f"  cache: prompts of namespace {plan.options.namespace}; other runs have others"
-        if plan.options.namespace
-        else "  cache: the prompts of every --warm-cache run of this tape and seed"
-    )
+    lines.append(f"  cache: {_cache(plan)}")
     if plan.options.warm_up:
         lines.append(f"  before the run: {plan.options.warm_up} requests to warm up")
     if plan.prefixes is not None:
         lines.append(f"  before the run: {len(plan.prefixes)} prefixes to prime the cache")
     for name, form in plan.target.forms.items():
-        lines.append(f"  prompts on {name}: {form.rung}")
-        lines.append(f"  output length on {name}: {form.pinning}")
+        lines.append(f"  prompts on {name}: {prompts(plan, form)}")
+        length = "what each body asks for" if plan.verbatim else str(form.pinning)
+        lines.append(f"  output length on {name}: {length}")
     lines += ["  what each step makes of the load:", *plan.shapes.lines()] if plan.shapes else []
     lines += [f"  model {a} is asked as {b}" for a, b in plan.options.models.items()]
     lines += [f"  left out: {n} {reason}" for reason, n in f["left_out"].items()]
     lines += [f"  note: {warning}" for warning in warnings(plan)]
     return "\n".join(lines)
+
+
+def prompts(plan: "Plan", form: Form) -> str:
+    """What prompts are made of, and how their length is reached."""
+    return "recorded bodies, all but the model as it came" if plan.verbatim else form.rung
+
+
+def _cache(plan: "Plan") -> str:
+    """Which other runs have the same prompts."""
+    if plan.verbatim:
+        return "every run of recorded bodies has these prompts: an earlier one may have left them"
+    if plan.options.namespace:
+        return f"prompts of namespace {plan.options.namespace}; other runs have others"
+    return "the prompts of every --warm-cache run of this tape and seed"
 
 
 def _candidates(plan: "Plan") -> str:

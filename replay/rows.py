@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tokentape.replay.bodies import Bodies
 from tokentape.replay.prompts import NO_BLOCKS, Blocks, hashes_of_copy
 from tokentape.replay.schedule import PART
 from tokentape.traces.errors import TapeError
@@ -26,6 +27,7 @@ SESSION = ("session_id", "session_source", "turn_index")
 BLOCK = ("block_tokens", "block_unit", "block_scope", "prefix_partial")
 COPIED = (*SESSION, *BLOCK, "block_hashes")
 MODELS = ("model_requested", "model")  # the first that is known is the one to ask for
+TOLD_ANEW = (*MODELS, "endpoint")  # columns that a replayed request has of its own
 GROUPS_KEPT = 4  # where rows are asked for in no known order
 OPEN_FILES = 4
 LOOK_AHEAD = 8_000  # requests: two row groups of the size that a tape is written with
@@ -48,7 +50,8 @@ class Group:
 class _Loaded:
     """The columns of a row group that say anything at all."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, bodies: dict[int, bytes]) -> None:
+        self.bodies = bodies  # by position on the tape
         columns = {name: table[name].combine_chunks() for name in table.column_names}
         self._ids = columns.pop("request_id").storage
         self.columns = {n: c for n, c in columns.items() if c.null_count < len(c)}
@@ -67,8 +70,14 @@ class TapeRows:
     It can be sent to another process: what has been read stays here.
     """
 
-    def __init__(self, groups: Sequence[Group], bytes_per_token: float = 1.0) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        bytes_per_token: float = 1.0,
+        bodies: Bodies | None = None,
+    ) -> None:
         """Args: bytes_per_token: of prompt text, to count blocks of bytes in tokens."""
+        self.bodies = bodies  # where they are to be sent again
         self.groups = list(groups)
         self.bytes_per_token = bytes_per_token
         self.starts = np.array([g.first for g in self.groups], dtype=np.int64)
@@ -83,7 +92,8 @@ class TapeRows:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what has been read."""
-        return {"groups": self.groups, "bytes_per_token": self.bytes_per_token}
+        names = ("groups", "bytes_per_token", "bodies")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As new."""
@@ -101,7 +111,7 @@ class TapeRows:
         a tape of copies can be replayed, and what its prompts share is what they shared.
         """
         loaded, at = self._find(position)
-        cells = {n: column[at] for n, column in loaded.columns.items() if n not in MODELS}
+        cells = {n: column[at] for n, column in loaded.columns.items() if n not in TOLD_ANEW}
         row = {name: cell.as_py() for name, cell in cells.items() if cell.is_valid}
         if copy and "session_id" in row:
             row["session_id"] = f"{row['session_id']}#{copy}"
@@ -115,6 +125,11 @@ class TapeRows:
         loaded, at = self._find(position)
         name: str | None = loaded.cell(MODELS[0], at) or loaded.cell(MODELS[1], at)
         return name
+
+    def body(self, position: int) -> tuple[bytes, str]:
+        """The recorded body of a request, and the path that it was posted to."""
+        loaded, at = self._find(position)
+        return loaded.bodies[position], str(loaded.cell("endpoint", at) or "")
 
     def blocks(self, position: int) -> Blocks:
         """The prefix blocks of a request, in tokens."""
@@ -144,7 +159,10 @@ class TapeRows:
         """Have a row group ready."""
         with self._lock:
             if group not in self._loaded:
-                self._loaded[group] = _Loaded(self._read(group, ("request_id", *COPIED, *MODELS)))
+                table = self._read(group, ("request_id", *COPIED, *TOLD_ANEW))
+                where = self.groups[group]
+                bodies = self.bodies.of(where.first, where.rows) if self.bodies else {}
+                self._loaded[group] = _Loaded(table, bodies)
                 while self._keep is not None and len(self._loaded) > self._keep:
                     self._loaded.popitem(last=False)
 

@@ -16,11 +16,13 @@ from yarl import URL
 from tokentape.replay.aborts import Aborts
 from tokentape.replay.ahead import Outgoing
 from tokentape.replay.apis import APIS, Endpoint, Wanted, endpoint
+from tokentape.replay.bodies import with_model
 from tokentape.replay.prompts import Draws, PromptSource
 from tokentape.replay.rows import Positions, ReadAhead, TapeRows
 from tokentape.replay.schedule import Ints
 from tokentape.replay.targets import Address, Form, Target
 from tokentape.replay.turns import Waits
+from tokentape.traces.wire import read_request
 
 _UNQUOTED = "!#$%&'()*+,/:;=?@[]|<>{}^"  # of a session's name in a header: visible ASCII
 
@@ -57,6 +59,7 @@ class Share:
     timeout_ns: int | None
     first_byte_timeout_ns: int | None
     precise: bool
+    verbatim: bool = False  # recorded bodies are sent again
 
     def __len__(self) -> int:
         return len(self.due_ns)
@@ -96,12 +99,13 @@ class Share:
         if leaving is not None:
             most = self.target.max_model_tokens
             asked_tokens = leaving.asked(output_tokens, input_tokens, most)
-        request_id = self.rows.request_id(position)
+        if self.verbatim:
+            return self._as_recorded(number, form, stream=stream)
         draws = self._draws(number, form)
         row = self.rows.columns(position, copy) | form.columns(asked_tokens, stream=stream)
         row |= {
             "endpoint": self._address(number).path(form.endpoint),
-            "source_request_id": request_id,
+            "source_request_id": self.rows.request_id(position),
             "copy_index": copy,
             "planned_input_tokens": input_tokens,
             "planned_output_tokens": output_tokens,
@@ -110,11 +114,34 @@ class Share:
             row["server_id"] = self._address(number).name
         body = form.body(draws, asked_tokens, stream=stream)
         url, headers = self._url(number, form.endpoint), self._headers_of(form.endpoint, row)
+        return self._leaving(Outgoing(url, headers, body, row), position)
+
+    def _as_recorded(self, number: int, form: Form, *, stream: bool) -> Outgoing:
+        """The i-th request with its recorded body; how long it is, the candidate tells."""
+        position, copy = int(self.positions[number]), int(self.copies[number])
+        address, (recorded, posted_to) = self._address(number), self.rows.body(position)
+        url = self._url(number, form.endpoint)
+        if APIS[form.endpoint].at_root:  # these have several paths, which mean different things
+            url = URL(f"{address.root}/{posted_to.rpartition('/')[2]}")
+        body = with_model(recorded, form.model)
+        row = self.rows.columns(position, copy)
+        row |= {"wire_format": APIS[form.endpoint].wire_format, "stream": stream}
+        row |= read_request(url.path, body).columns
+        row |= {"endpoint": url.path, "copy_index": copy}
+        row["source_request_id"] = self.rows.request_id(position)
+        if self.target.others:
+            row["server_id"] = address.name
+        headers = self._headers_of(form.endpoint, row)
+        return self._leaving(Outgoing(url, headers, body, row), position)
+
+    def _leaving(self, outgoing: Outgoing, position: int) -> Outgoing:
+        """The same, to be left where its recorded client left."""
+        leaving = self.aborts.by_row.get(position)
         if leaving is None:
-            return Outgoing(url, headers, body, row)
-        by_events = stream and leaving.events > 0
-        events, after_ns = (leaving.events, None) if by_events else (0, leaving.after_ns)
-        return Outgoing(url, headers, body, row, events, after_ns)
+            return outgoing
+        if outgoing.row["stream"] and leaving.events > 0:
+            return replace(outgoing, leave_events=leaving.events)
+        return replace(outgoing, leave_after_ns=leaving.after_ns)
 
     def beginning(self, number: int, blocks: int) -> Outgoing:
         """A request for one token, whose prompt is the first blocks of the i-th request's."""

@@ -21,8 +21,14 @@ Seed = Annotated[
     int, typer.Option(metavar="N", help="Of the synthesized prompts, and of what is drawn.")
 ]
 Prompt = Annotated[
-    Literal["random", "text"],
-    typer.Option(help="Of what: random tokens or words, or sentences that look like text."),
+    Literal["random", "text", "recorded"],
+    typer.Option(
+        help="Of what: random tokens or words; sentences that look like text; or the bodies that a "
+        "capture with --content full kept, all but the model as they came."
+    ),
+]
+ContentKeyFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Key of the recorded bodies, for --prompt.")
 ]
 Tokenizer = Annotated[
     Path | None,
@@ -119,7 +125,16 @@ def asked(given: dict[str, Any]) -> dict[str, Any]:
 
     window, first_byte = given["window"], given["first_byte_timeout"]
     as_they_are = (
-        *("source", "seed", "prompt", "tokenizer", "model", "endpoint", "session_header"),
+        *(
+            "source",
+            "seed",
+            "prompt",
+            "content_key_file",
+            "tokenizer",
+            "model",
+            "endpoint",
+            "session_header",
+        ),
         *("key_env", "ca", "precise", "clip", "warm_up", "sentinels", "include_failed"),
         *("turns", "workers", "force"),
     )

@@ -78,6 +78,7 @@ def replay(
         ),
     ] = False,
     prompt: asking.Prompt = "random",
+    content_key_file: asking.ContentKeyFile = None,
     tokenizer: asking.Tokenizer = None,
     model: asking.Model = None,
     map_model: asking.MapModel = None,
