@@ -192,7 +192,8 @@ def lengths(table: pa.Table, name: str, least: int, *, believed: bool) -> dict[s
 
     believed: False when the candidate's usage says nothing about them.
     """
-    ok = table.filter(pc.equal(table["outcome"], "ok"))
+    planned_some = pc.is_valid(table[f"planned_{name}_tokens"])  # recorded bodies have no plan
+    ok = table.filter(pc.and_(pc.equal(table["outcome"], "ok"), planned_some))
     both = ok.select([f"{name}_tokens", f"planned_{name}_tokens"]).drop_null()
     got, planned = ints(both[0]), ints(both[1])
     exception = planned < least
