@@ -1,4 +1,4 @@
-"""Turns captured before a real vLLM and replayed to it: the tapes of docs/study-h100.md."""
+"""Loads captured before, and replayed to, a real vLLM: the tapes of docs/study-h100.md."""
 
 from pathlib import Path
 
@@ -10,10 +10,12 @@ from tokentape.traces.reader import open_tape
 
 FOLDER = Path(__file__).parent / "data" / "study"
 CAPTURE, RUN = FOLDER / "capture-turns.tape", FOLDER / "run-turns-1.tape"
+ONE_GPU, TWO_GPUS = FOLDER / "run-step-1.tape", FOLDER / "run-step-tp2.tape"
 
 
-def test_both_tapes_are_sound() -> None:
-    assert [check(open_tape(path)) for path in (CAPTURE, RUN)] == [[], []]
+@pytest.mark.parametrize("path", [CAPTURE, RUN, ONE_GPU, TWO_GPUS], ids=lambda path: path.stem)
+def test_the_tapes_are_sound(path: Path) -> None:
+    assert check(open_tape(path)) == []
 
 
 def test_the_tape_of_the_replay_counts_what_the_engine_counted() -> None:
@@ -26,6 +28,18 @@ def test_the_tape_of_the_replay_counts_what_the_engine_counted() -> None:
     assert counted["vllm:request_success_total"] == len(rows) == 224
     assert counted["vllm:prompt_tokens_total"] == sum(r["input_tokens"] for r in rows)
     assert counted["vllm:generation_tokens_total"] == sum(r["output_tokens"] for r in rows)
+
+
+@pytest.mark.parametrize("path", [ONE_GPU, TWO_GPUS], ids=lambda path: path.stem)
+def test_queue_and_prefill_together_are_the_engines_where_requests_wait_for_a_seat(
+    path: Path,
+) -> None:
+    """What is queue and what prefill is not told apart there (docs/study-h100.md); decode is known."""
+    rows = tokentape.open(path).sql("select phase, tape_s, server_s from calibration_phases")
+    tape_s, server_s = ({phase: row[n] for phase, *row in rows.fetchall()} for n in (0, 1))
+    assert tape_s["decode"] == pytest.approx(server_s["decode"], rel=0.01)
+    before = [seconds["queue"] + seconds["prefill"] for seconds in (tape_s, server_s)]
+    assert before[0] == pytest.approx(before[1], rel=0.2)
 
 
 def test_sessions_were_found_in_the_capture_and_every_turn_waited_in_the_replay() -> None:

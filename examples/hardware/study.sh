@@ -2,6 +2,7 @@
 # Does a replay reproduce a capture, and what does other hardware do with it? Four loads are captured in
 # front of a real engine, each is replayed twice straight to it, one at several speeds, one with the proxy in the path.
 #
+#   study.sh warm     WORK LOAD.tape...     # each once, not kept: an engine's first load compiles kernels
 #   study.sh capture  WORK LOAD.tape...     # each load through the proxy: WORK/capture-LOAD.tape
 #   study.sh replay   WORK CAPTURE.tape...  # each twice at 1x: WORK/run-LOAD-1.tape, -2
 #   study.sh sweep    WORK CAPTURE.tape     # at 0.5x, 2x and 4x
@@ -11,7 +12,7 @@
 # ENGINE_URL serves already (http://127.0.0.1:8000). TOKENTAPE is another way of calling tokentape. A phase that was cut
 # goes on where it stopped: what is done is marked in WORK/done. NAME=VALUE in FACTS are kept on every tape.
 set -euo pipefail
-phase=${1:?capture, replay, sweep, overhead or report} work=${2:?a folder}
+phase=${1:?warm, capture, replay, sweep, overhead or report} work=${2:?a folder}
 shift 2
 engine=${ENGINE_URL:-http://127.0.0.1:8000}
 proxy=127.0.0.1:${PROXY_PORT:-8080}
@@ -63,6 +64,13 @@ through_proxy() { # through_proxy CAPTURE.tape COMMAND...: COMMAND while a captu
 }
 
 case $phase in
+  warm)
+    for load in "$@"; do
+      name=$(name_of "$load")
+      step "warm-$name" send "$load" "$engine" "$work/warm-$name.tape"
+      rm -rf "$work/warm-$name.tape"
+    done
+    ;;
   capture)
     for load in "$@"; do
       name=$(name_of "$load")
@@ -104,7 +112,7 @@ case $phase in
     done
     ;;
   *)
-    echo "study.sh: $phase: capture, replay, sweep, overhead or report" >&2
+    echo "study.sh: $phase: warm, capture, replay, sweep, overhead or report" >&2
     exit 2
     ;;
 esac
