@@ -68,11 +68,10 @@ class ErrorCounter(logging.Handler):
         """Count, and say the first ones."""
         self.count += 1
         if self.count <= SAID_ERRORS:
+            # No more of it: what follows may quote what a client sent.
+            what = record.getMessage().partition("\n")[0].partition(":")[0].rstrip("!")
             error = record.exc_info[1] if record.exc_info else None
-            what = (
-                told(error) if error else record.getMessage().partition("\n")[0].partition(":")[0]
-            )
-            say(f"proxy: {what}")  # no more: the rest may quote what a client sent
+            say(f"proxy: {what}: {told(error)}" if error else f"proxy: {what}")
 
 
 def build(

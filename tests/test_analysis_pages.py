@@ -205,6 +205,7 @@ def test_a_page_that_exists_is_replaced_only_by_force(
     assert html.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_the_page_in_a_frame_that_cannot_reach_it(
     browser: Browser, tape: Path
 ) -> None:

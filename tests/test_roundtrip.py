@@ -138,6 +138,7 @@ def test_neither_prompt_nor_key_is_in_any_file(tapes: tuple[Tape, Tape]) -> None
             assert b"careful and patient" not in data, path
 
 
+@pytest.mark.slow
 def test_a_run_finds_nothing_of_the_run_before_it_in_the_cache_unless_it_is_to_be_warm(
     engine: str, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ def test_the_tape_of_the_replay_counts_what_the_engine_counted() -> None:
 def test_queue_and_prefill_together_are_the_engines_where_requests_wait_for_a_seat(
     path: Path,
 ) -> None:
-    """What is queue and what prefill is not told apart there (docs/study-h100.md); decode is known."""
+    """What is queue and what prefill is not told apart there (docs/study-h100.md)."""
     rows = tokentape.open(path).sql("select phase, tape_s, server_s from calibration_phases")
     tape_s, server_s = ({phase: row[n] for phase, *row in rows.fetchall()} for n in (0, 1))
     assert tape_s["decode"] == pytest.approx(server_s["decode"], rel=0.01)
