@@ -1,6 +1,7 @@
 """A model of an engine that schedules one step ahead of its GPU, as vLLM does; for tests only.
 
-First come, first served, chunked prefill under a token budget, seats for so many sequences. It
+First come, first served, chunked prefill under a token budget, seats for so many sequences, and a
+cache of the turns before. It can schedule without looking ahead as well. It
 says what a client would see, and when each request was queued and scheduled. Units are ns.
 """
 
@@ -30,6 +31,13 @@ class Load:
     budget_tokens: int = 8192
     seed: int = 1
     heads: bool = True  # reply heads are sent when the prompt has been read, as vLLM does
+    turns: int = 1  # of a session: each prompt begins with the whole prompt before it
+    cache: bool = True  # what the turn before had is not computed again
+    ahead: bool = True  # the next step is scheduled while one runs
+    write_ns: float = (
+        0  # the frontend writes the events of a step one after the other, and at times pauses
+    )
+    surge: tuple[float, float, float] | None = None  # from and to, seconds, and how many per second
 
 
 @dataclass
@@ -46,6 +54,7 @@ class _Engine:
         self.load, self.ready_ns = load, ready_ns
         self.order = deque(np.argsort(ready_ns, kind="stable").tolist())
         self.left, self.todo = prompts.copy(), outputs.copy()
+        self.outputs, self.made = outputs, np.zeros(len(prompts), int)
         self.seen_ns, self.scheduled_ns = np.zeros(len(prompts)), np.zeros(len(prompts))
         self.tokens_ns: list[list[float]] = [[] for _ in prompts]
         self.waiting: deque[int] = deque()
@@ -57,7 +66,7 @@ class _Engine:
             self.seen_ns[self.order[0]] = now
             self.waiting.append(self.order.popleft())
         budget, prefill, made, busy = self.load.budget_tokens, 0, list[int](), 0
-        members = list(self.running)
+        members = [i for i in self.running if self.todo[i]]
         while budget > 0 and (members or (self.waiting and len(self.running) < self.load.seats)):
             if members:
                 i = members.pop(0)
@@ -72,8 +81,6 @@ class _Engine:
             if not self.left[i]:
                 made.append(i)
                 self.todo[i] -= 1
-                if not self.todo[i]:
-                    self.running.remove(i)
         took = STEP_NS + STEP_NS_PER_SEQUENCE * busy + NS_PER_PREFILL_TOKEN * max(0, prefill - 150)
         return (took, made) if busy else None
 
@@ -85,36 +92,86 @@ class _Engine:
                 if current is None:
                     now = float(self.ready_ns[self.order[0]])
                     continue
-                ahead = self.schedule(now)
+                ahead = self.schedule(now) if self.load.ahead else None
             now += current[0]
             for i in current[1]:
                 self.tokens_ns[i].append(now)
-            current = ahead
-            ahead = self.schedule(now) if current else None
+                self.made[i] += 1
+                if self.made[i] == self.outputs[i]:  # its seat is free once its last token is there
+                    self.running.remove(i)
+            current = ahead if self.load.ahead else self.schedule(now)
+            ahead = self.schedule(now) if current and self.load.ahead else None
 
 
 def simulate(load: Load) -> Run:
     """Serve a load; the rows have what a client sees."""
     rng = np.random.default_rng(load.seed)
-    starts = np.sort(rng.uniform(0, load.seconds, int(load.per_s * load.seconds) // load.burst))
+    starts = rng.uniform(0, load.seconds, int(load.per_s * load.seconds) // load.burst)
+    if load.surge:
+        begin, end, per_s = load.surge
+        starts = np.append(starts, rng.uniform(begin, end, int(per_s * (end - begin))))
+    starts = np.sort(starts)
     arrivals = np.sort(
         starts.repeat(load.burst) * 1e9 + rng.uniform(0, 3e6, len(starts) * load.burst)
     )
     prompts = np.clip(rng.lognormal(np.log(load.prompt), 0.8, len(arrivals)), 8, 14000).astype(int)
     outputs = np.clip(rng.lognormal(5, 0.7, len(arrivals)), 2, 1000).astype(int)
+    prompts, shared, sessions = _turns(load, prompts)
     frontend = FRONTEND_NS + FRONTEND_NS_PER_TOKEN * prompts + rng.exponential(2e6, len(arrivals))
-    engine = _Engine(load, arrivals + frontend, prompts, outputs)
+    engine = _Engine(load, arrivals + frontend, prompts - shared * load.cache, outputs)
     engine.run()
     run = Run()
+    ends_ns = [tokens[0] for tokens in engine.tokens_ns]
+    if load.write_ns:
+        _write_in_turn(engine.tokens_ns, load.write_ns, rng)
     for i, tokens in enumerate(engine.tokens_ns):
         sent = int(arrivals[i])
         delays = NETWORK_NS + rng.exponential(3e5, len(tokens))
         off = np.maximum.accumulate((np.array(tokens) + delays - sent) // 1000).astype(int)
         head = sent + int(frontend[i] + NETWORK_NS) if load.heads else 0
-        run.rows.append(_row(sent, off, int(prompts[i]), head))
+        row = _row(sent, off, int(prompts[i]), head)
+        if load.turns > 1:
+            row |= _blocks(int(sessions[i]), int(prompts[i]))
+        run.rows.append(row)
         run.queue_ns.append(engine.scheduled_ns[i] - engine.seen_ns[i])
-        run.prefill_ns.append(tokens[0] - engine.scheduled_ns[i])
+        run.prefill_ns.append(ends_ns[i] - engine.scheduled_ns[i])
     return run
+
+
+def _write_in_turn(streams: list[list[float]], each_ns: float, rng: Any) -> None:
+    """Put off each token until those before it are written; one in 500 meets a pause of 4 ms."""
+    at = [(t, i, j) for i, tokens in enumerate(streams) for j, t in enumerate(tokens)]
+    free_ns = 0.0
+    for t, i, j in sorted(at):
+        free_ns = max(free_ns, t) + each_ns + (rng.exponential(4e6) if rng.random() < 0.002 else 0)
+        streams[i][j] = free_ns
+
+
+def _turns(load: Load, prompts: Any) -> tuple[Any, Any, Any]:
+    """Prompts with those of the turns before in front; the tokens of these; and the sessions."""
+    n, streams = len(prompts), max(1, len(prompts) // (load.turns * 3))
+    shared, sessions = np.zeros(n, int), np.arange(n)
+    if load.turns == 1:
+        return prompts, shared, sessions
+    prompts = prompts.copy()
+    for i in range(streams, n):
+        before = i - streams
+        if (before // streams) % load.turns < load.turns - 1 and prompts[before] < 12_000:
+            shared[i] = prompts[before] // 16 * 16
+            prompts[i] += prompts[before]
+            sessions[i] = sessions[before]
+    return prompts, shared, sessions
+
+
+def _blocks(session: int, prompt_tokens: int) -> dict[str, Any]:
+    names = [session << 20 | i for i in range(prompt_tokens // 16)]
+    return {
+        "block_tokens": 16,
+        "block_unit": "token",
+        "block_scope": "tape",
+        "prefix_partial": prompt_tokens % 16,
+        "block_hashes": array("Q", names),
+    }
 
 
 def simulate_whole_batches(requests: int, per_s: float, seats: int = 8, seed: int = 1) -> Run:

@@ -32,7 +32,11 @@ LOADS = {
     "bursts": Load(2, 60, prompt=3500, burst=10, seed=4),
     "small budget": Load(8, 30, budget_tokens=2048, seed=5),
     "few seats": Load(8, 30, seats=12, seed=6),
+    "turns": Load(4, 40, turns=6, seed=7),
+    "past saturation": Load(3, 30, prompt=1000, surge=(10, 20, 26), seed=10),
+    "seats past saturation": Load(3, 30, surge=(10, 20, 26), seats=64, seed=13),
 }
+QUEUED = ["bursts", "few seats", "past saturation", "seats past saturation"]
 
 
 @dataclass
@@ -75,22 +79,23 @@ def test_the_phases_of_every_request_add_up_to_its_e2e(
     assert (found["queue_ns"] <= found["queue_hi_ns"]).all()
 
 
-@pytest.mark.parametrize("name", [n for n in LOADS if n != "few seats"])
+@pytest.mark.parametrize("name", LOADS)
 def test_prefill_is_within_a_fifth_of_the_truth(served: dict[str, Phases], name: str) -> None:
     found, truth = served[name].found, served[name].truth
     assert found["prefill_ns"].sum() == pytest.approx(sum(truth.prefill_ns), rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["bursts", "few seats"])
+@pytest.mark.parametrize("name", QUEUED)
 def test_a_queue_is_within_a_fifth_of_the_truth(served: dict[str, Phases], name: str) -> None:
     found, truth = served[name].found, served[name].truth
     assert sum(truth.queue_ns) > 0.3 * found["e2e_ns"].sum() - found["decode_ns"].sum()
     assert found["queue_ns"].sum() == pytest.approx(sum(truth.queue_ns), rel=0.15)
     off = np.abs(found["queue_ns"] - truth.queue_ns)
     assert np.median(off) < 15 * MS
+    assert found["queue_lo_ns"].sum() <= sum(truth.queue_ns) <= found["queue_hi_ns"].sum()
 
 
-@pytest.mark.parametrize("name", ["light", "medium", "long prompts", "small budget"])
+@pytest.mark.parametrize("name", ["light", "medium", "long prompts", "small budget", "turns"])
 def test_where_nobody_queues_next_to_nothing_is_called_queue(
     served: dict[str, Phases], name: str
 ) -> None:
@@ -123,6 +128,20 @@ def test_a_server_that_takes_one_request_at_a_time_is_estimated(tmp_path: Path) 
     with connect([make_tape(tmp_path / "t", truth.rows)]) as session:
         [found] = session.rows("FROM phases_totals")
     assert found["queue_s"] == pytest.approx(sum(truth.queue_ns) / 1e9, rel=0.1)
+    assert found["prefill_s"] == pytest.approx(sum(truth.prefill_ns) / 1e9, rel=0.2)
+
+
+@pytest.mark.parametrize("per_s", [1.0, 1.5, 2.5])
+def test_a_request_of_a_serial_server_begins_when_the_reply_before_it_ends(
+    tmp_path: Path, per_s: float
+) -> None:
+    truth = simulate_whole_batches(100, per_s, 1)
+    with connect([make_tape(tmp_path / "t", truth.rows)]) as session:
+        [found] = session.table("FROM phases_totals").to_pylist()
+        [fit] = session.rows("FROM prefill_fit")
+    assert fit["serial"]
+    assert found["prefill_s"] == pytest.approx(sum(truth.prefill_ns) / 1e9, rel=0.15)
+    assert found["queue_s"] == pytest.approx(sum(truth.queue_ns) / 1e9, rel=0.15)
 
 
 @pytest.mark.parametrize(("per_s", "seats"), [(8.0, 8), (12.0, 32)])

@@ -9,27 +9,50 @@
 -- as queue, so that step lies inside the interval of `queue_ns`. Whatever is in no phase is `outside`:
 -- network, frontend, the wait for the running step, the end of the reply.
 
+-- How long steps of each server took, second by second: the lower quartile of the gaps that ended in it.
+-- A step of a full engine lasts ten times as long as one of an idle engine, and its tokens are written
+-- over ten times as long, so one length for a whole run would cut these in two or join those.
+CREATE VIEW _local_steps AS
+WITH
+  _counts AS (
+    SELECT
+      {'run': run, 'server_id': server_id} AS key,
+      t_ns // 1000000000 AS second,
+      (gap_us // 250)::INTEGER AS quarters,
+      count(*) AS n
+    FROM gaps
+    GROUP BY ALL
+  ),
+  _below AS (
+    SELECT
+      key,
+      second,
+      quarters,
+      sum(n) OVER (PARTITION BY key, second ORDER BY quarters) AS below,
+      sum(n) OVER (PARTITION BY key, second) AS total
+    FROM _counts
+  )
+SELECT key, second, 250000 * (min(quarters) FILTER (4 * below >= total) + 1) AS local_ns
+FROM _below
+GROUP BY key, second;
+
 -- Ends of the steps of each server, as its streams show them: an instant with events after none for an
 -- eighth of a step or more; with the three ends before it.
 CREATE VIEW _step_ends AS
 WITH
-  _slots AS (
-    SELECT {'run': run, 'server_id': server_id} AS key, t_ns, slot
-    FROM (
-      SELECT run, server_id, min(t_ns) AS t_ns, (t_ns // slot_ns) AS slot
-      FROM events
-      JOIN (
-        SELECT key.run AS run, key.server_id AS server, greatest(step_ns / 8, 1000)::BIGINT AS slot_ns
-        FROM _phase_steps
-      ) USING (run)
-      WHERE server IS NOT DISTINCT FROM server_id
-      GROUP BY run, server_id, (t_ns // slot_ns)
-    )
+  _cells AS (
+    SELECT {'run': run, 'server_id': server_id} AS key, min(t_ns) AS t_ns, max(t_ns) AS until_ns
+    FROM events
+    GROUP BY run, server_id, (t_ns // 500000)
   ),
   _ends AS (
-    SELECT key, t_ns
-    FROM _slots
-    QUALIFY lag(slot) OVER (PARTITION BY key ORDER BY slot) IS DISTINCT FROM slot - 1
+    SELECT _cells.key, t_ns
+    FROM _cells
+    JOIN _phase_steps ON _phase_steps.key = _cells.key
+    LEFT JOIN _local_steps AS near
+      ON near.key = _cells.key AND near.second = t_ns // 1000000000
+    QUALIFY t_ns - coalesce(lag(until_ns) OVER (PARTITION BY _cells.key ORDER BY t_ns), 0)
+      >= greatest(coalesce(local_ns, step_ns) / 8, 1000)
   )
 SELECT
   key,
@@ -50,12 +73,11 @@ FROM (
 )
 WINDOW w AS (PARTITION BY key ORDER BY first_ns);
 
--- When the scheduler saw and scheduled each request, if it takes them in order of their first token. The
--- one before it in this order gave its last step's leftover to it, so it was scheduled with that step:
--- two ends of steps before that first token. A wait that no prefill explains, twice as long as all the
--- work meanwhile (prompts that were done by then, and the next one) and ten steps or more, is one for a
--- seat or for memory, and is queue as well.
-CREATE VIEW _phase_estimates AS
+-- Each request with the end of the step that gave its first token (end_ns), the requests of a step in order
+-- of arrival, and the steps around. seen_ns: the scheduler looks when a step ends. own_ns: the latest
+-- step to be scheduled in, if four fifths of the time that its prompt takes must fit between then and the
+-- first token. turn_ns: the step in which the request before it was, which is the earliest.
+CREATE VIEW _phase_steps_of_requests AS
 WITH
   _ready AS (
     SELECT
@@ -64,10 +86,7 @@ WITH
       fit.longest_ns,
       fit.prefill_ns_per_token,
       least(anchor_ns + fit.outside_ns::BIGINT, first_ns) AS ready_ns,
-      lag(first_ns) OVER (
-        PARTITION BY _phase_streams.key
-        ORDER BY first_ns, anchor_ns, request_id
-      ) AS before_ns
+      fit.serial
     FROM _phase_streams
     JOIN prefill_fit AS fit
       ON fit.run = key.run AND fit.server_id IS NOT DISTINCT FROM key.server_id
@@ -75,54 +94,118 @@ WITH
   _seen AS (
     SELECT
       _ready.*,
-      CASE WHEN after.t_ns < first_ns - 1000 THEN after.t_ns ELSE ready_ns END AS seen_ns
+      CASE WHEN serial OR after.t_ns >= first_ns - 1000 THEN ready_ns ELSE coalesce(after.t_ns, ready_ns) END
+        AS seen_ns
     FROM _ready
     ASOF LEFT JOIN _step_ends AS after ON _ready.key = after.key AND _ready.ready_ns <= after.t_ns
   ),
-  _turn AS (
+  _given AS (
     SELECT
       _seen.*,
-      greatest(one_before_ns, before_ns - longest_ns)::BIGINT AS late_turn_ns,
-      greatest(two_before_ns, before_ns - 2 * longest_ns)::BIGINT AS turn_ns,
-      greatest(three_before_ns, before_ns - 3 * longest_ns)::BIGINT AS early_turn_ns
+      step.t_ns AS end_ns,
+      step.one_before_ns AS given_from_ns,
+      step.two_before_ns,
+      step.three_before_ns
     FROM _seen
-    ASOF LEFT JOIN _step_ends AS before
-      ON _seen.key = before.key AND coalesce(_seen.before_ns, 0) + 1000 >= before.t_ns
+    ASOF LEFT JOIN _step_ends AS step ON _seen.key = step.key AND _seen.first_ns + 1000 >= step.t_ns
   ),
-  _taken AS (
+  _order AS (
     SELECT
       *,
-      CASE WHEN before_ns > seen_ns THEN greatest(seen_ns, turn_ns) ELSE seen_ns END AS turn_or_seen_ns
-    FROM _turn
-  ),
+      lag(first_ns) OVER w AS before_ns,
+      lag(end_ns) OVER w AS before_end_ns,
+      lag(given_from_ns) OVER w AS before_from_ns,
+      lag(two_before_ns) OVER w AS turn_ns,
+      lag(three_before_ns) OVER w AS early_turn_ns,
+      max(last_ns) OVER (
+        PARTITION BY key
+        ORDER BY first_ns
+        RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+      ) AS free_ns
+    FROM _given
+    WINDOW w AS (PARTITION BY key ORDER BY end_ns, anchor_ns, request_id)
+  )
+SELECT
+  _order.*,
+  own.t_ns AS own_begin_ns,
+  own.one_before_ns AS own_ns,
+  own.two_before_ns AS early_own_ns
+FROM _order
+ASOF LEFT JOIN _step_ends AS own
+  ON
+    _order.key = own.key
+    AND _order.end_ns - 1000 - (0.8 * prefill_ns_per_token * coalesce(uncached, 0))::BIGINT >= own.t_ns;
+
+-- When the scheduler saw and scheduled each request, if it takes them in order. Who waits and is not the
+-- first of those that a step gave their first token was in no step before it: a step has one prompt at
+-- most that it cannot finish, the last. The first may have begun in the step before; it has, where that one
+-- was full. Otherwise the engine had no seat or no memory for it, and it was scheduled as late
+-- as its own prompt allows. A wait that no prefill explains, twice as long as all the work meanwhile (prompts
+-- that were done by then, and the next one) and ten steps or more, is such a wait too.
+CREATE VIEW _phase_estimates AS
+WITH
   _worked AS (
     SELECT
-      _taken.*,
+      taken.*,
       2 * step_ns
-        + prefill_ns_per_token * greatest(at_first.done - coalesce(at_turn.done, 0), coalesce(uncached, 0))
+        + prefill_ns_per_token * greatest(at_first.done - coalesce(at_seen.done, 0), coalesce(uncached, 0))
         + least(prefill_ns_per_token * at_first.next_tokens, longest_ns) AS work_ns
-    FROM _taken
+    FROM _phase_steps_of_requests AS taken
     ASOF JOIN _prefilled AS at_first
-      ON _taken.key = at_first.key AND _taken.first_ns + _taken.step_ns / 2 >= at_first.first_ns
-    ASOF LEFT JOIN _prefilled AS at_turn
-      ON _taken.key = at_turn.key AND _taken.turn_or_seen_ns >= at_turn.first_ns
+      ON taken.key = at_first.key AND taken.first_ns + taken.step_ns / 2 >= at_first.first_ns
+    ASOF LEFT JOIN _prefilled AS at_seen
+      ON taken.key = at_seen.key AND taken.seen_ns >= at_seen.first_ns
+  ),
+  _told AS (
+    SELECT
+      *,
+      step_ns + prefill_ns_per_token * coalesce(uncached, 0) AS shortest_ns,
+      CASE
+        WHEN serial THEN 'serial'
+        WHEN before_ns > seen_ns AND before_end_ns = end_ns THEN 'together'
+        WHEN before_ns > seen_ns AND own_begin_ns - own_ns > 0.75 * longest_ns THEN 'leftover'
+        WHEN before_ns > seen_ns THEN 'own'
+        WHEN first_ns - seen_ns > work_ns + greatest(work_ns, 10 * step_ns) THEN 'own'
+        ELSE 'seen'
+      END AS why
+    FROM _worked
   )
 SELECT
   *,
-  CASE WHEN seated THEN greatest(seen_ns, (first_ns - shortest_ns - step_ns)::BIGINT) ELSE turn_or_seen_ns END
-    AS scheduled_ns,
-  greatest(CASE WHEN before_ns > seen_ns THEN early_turn_ns - seen_ns END, 0) AS queue_lo_ns,
-  CASE
-    WHEN seated THEN (first_ns - shortest_ns)::BIGINT
-    ELSE least(greatest(CASE WHEN before_ns > seen_ns THEN late_turn_ns END, turn_or_seen_ns), first_ns)
-  END - ready_ns AS queue_hi_ns
-FROM (
-  SELECT
-    *,
-    step_ns + prefill_ns_per_token * coalesce(uncached, 0) AS shortest_ns,
-    first_ns - turn_or_seen_ns > work_ns + greatest(work_ns, 10 * step_ns) AS seated
-  FROM _worked
-);
+  least(
+    greatest(
+      CASE why
+        WHEN 'serial' THEN free_ns
+        WHEN 'together' THEN two_before_ns
+        WHEN 'leftover' THEN turn_ns
+        WHEN 'own' THEN own_ns
+      END,
+      seen_ns
+    ),
+    first_ns
+  ) AS scheduled_ns,
+  greatest(
+    CASE why
+      WHEN 'serial' THEN free_ns - step_ns::BIGINT
+      WHEN 'together' THEN three_before_ns
+      WHEN 'leftover' THEN early_turn_ns
+      WHEN 'own' THEN greatest(least(early_own_ns, early_turn_ns), 0)
+    END - seen_ns - step_ns::BIGINT,
+    0
+  ) AS queue_lo_ns,
+  least(
+    greatest(
+      CASE why
+        WHEN 'serial' THEN free_ns + step_ns::BIGINT
+        WHEN 'together' THEN given_from_ns
+        WHEN 'leftover' THEN greatest(before_from_ns, own_ns)
+        WHEN 'own' THEN own_begin_ns
+      END,
+      scheduled_ns
+    ),
+    first_ns
+  ) - ready_ns AS queue_hi_ns
+FROM _told;
 
 -- Phases of each request that has them; whatever its outcome. queue + prefill + decode + outside is E2E
 -- from send, exactly.
